@@ -1,0 +1,14 @@
+// Which instruction set the CPU kernels use, decided once per process.
+#pragma once
+#include "cpu/loss_rows.h"
+
+namespace mtp {
+
+enum class CpuCapability { kPlain, kAvx2, kAvx512 };
+
+// The best that this processor has, lowered by MTP_EXT_CPU_CAPABILITY=plain|avx2|avx512 where it is set (never raised).
+CpuCapability cpu_capability();
+const char* capability_name(CpuCapability capability);
+LossRowsFloat loss_rows_kernel(CpuCapability capability);
+
+}  // namespace mtp

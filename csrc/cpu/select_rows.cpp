@@ -1,0 +1,24 @@
+#include "cpu/select_rows.h"
+
+namespace mtp {
+
+int64_t select_rows(const TargetRule& rule, int64_t num_heads, int64_t vocab_size, int64_t* rows, int64_t* counts) {
+  int64_t row = 0, selected = 0, first_invalid = -1;
+  for (int64_t head = 0; head < num_heads; ++head) {
+    const int64_t before = selected;
+    for (int64_t b = 0; b < rule.batch; ++b) {
+      for (int64_t s = 0; s < rule.seq_len; ++s, ++row) {
+        const TargetRule::Location at{head, b, s};
+        if (!rule.counts(at)) continue;
+        const int64_t target = rule.target(at);
+        if (first_invalid < 0 && (target < 0 || target >= vocab_size))
+          first_invalid = b * rule.label_len + rule.column(at);
+        rows[selected++] = row;
+      }
+    }
+    counts[head] = selected - before;
+  }
+  return first_invalid;
+}
+
+}  // namespace mtp

@@ -1,0 +1,13 @@
+// Every schema of the package, in one place. A leading underscore: not differentiable by itself.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(mtp_ext, m) {
+  m.def(
+      "_select_rows(Tensor labels, Tensor? document_ids, Tensor? token_weights, int num_heads, int seq_len, int first_shift, "
+      "int ignore_index, int vocab_size) -> (Tensor rows, Tensor counts, Tensor first_invalid)");
+  m.def(
+      "_loss_rows_(Tensor(a!) logits, Tensor rows, Tensor labels, Tensor head_scale, Tensor? row_scale, "
+      "Tensor? lse_grad, Tensor? token_weights, Tensor? class_weights, Tensor? bias, int seq_len, int first_shift, "
+      "float label_smoothing, float z_loss, float class_weight_sum, float softcap, float logit_scale, "
+      "bool write_gradient, Tensor(b!) loss, Tensor(c!) lse, Tensor(d!) predicted) -> ()");
+}

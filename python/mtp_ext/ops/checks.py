@@ -1,0 +1,165 @@
+"""Argument checks: every wrong argument is named, with what was expected and what came, before any work."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+def describe(x: object) -> str:
+    """What a tensor is, in an error: ``float32 [2, 3] on cpu``."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+    return f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str)) else type(x).__name__
+
+
+def check_tensor(
+    name: str, x: object, *, dtypes: Sequence[torch.dtype], shape: str, device: torch.device | None = None
+) -> None:
+    """Raises TypeError unless ``x`` is a plain tensor of one of ``dtypes``, ValueError if it is on another device."""
+    allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if isinstance(x, DTensor):
+        raise TypeError(
+            f"{name} must be a local tensor {shape}, got a DTensor: pass {name}.to_local(), or full_tensor() where it "
+            "is sharded over what the loss needs whole"
+        )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape} of {allowed}, got {describe(x)}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {shape} of dtype {allowed}, got {describe(x)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} must be on {device} like hidden, got {describe(x)}")
+
+
+def check_shape(name: str, x: Tensor, expected: Sequence[int], meaning: str) -> None:
+    """Raises ValueError unless ``x.shape`` is ``expected``."""
+    if list(x.shape) != list(expected):
+        raise ValueError(f"{name} must have shape {meaning} = {list(expected)}, got {describe(x)}")
+
+
+def check_vector(
+    name: str, x: Tensor | None, size: int, meaning: str, dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    """An optional ``[size]`` tensor."""
+    if x is None:
+        return
+    check_tensor(name, x, dtypes=dtypes, shape=f"[{meaning}]", device=device)
+    check_shape(name, x, [size], f"[{meaning}]")
+
+
+def check_positive_int(name: str, x: int | None) -> None:
+    """An optional count of at least 1."""
+    if x is None:
+        return
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"{name} must be an int or None, got {describe(x)}")
+    if x < 1:
+        raise ValueError(f"{name} must be at least 1, got {x}")
+
+
+def check_options(label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float) -> None:
+    """The ranges of the scalar options."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not abs(logit_scale) < float("inf"):
+        raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+
+
+def check_same_dtype(hidden_dtype: torch.dtype, name: str, x: Tensor, autocast: bool) -> None:
+    """Operands share a dtype unless autocast chooses one for them."""
+    if not autocast and x.dtype != hidden_dtype:
+        expected = str(hidden_dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must have hidden's dtype {expected} outside autocast, got {describe(x)}")
+
+
+def check_backend(device: torch.device) -> None:
+    """Raises RuntimeError where no kernel was built for ``device``."""
+    if device.type not in _backends():
+        raise RuntimeError(
+            f"mtp_ext has no kernels for {device.type} tensors in this build (it has: {', '.join(_backends())}); for "
+            "CUDA, reinstall where torch has CUDA and nvcc exists: MTP_EXT_CUDA=1 pip install --no-build-isolation ."
+        )
+
+
+@functools.cache
+def _backends() -> tuple[str, ...]:
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(device for device, key in keys.items() if has("mtp_ext::_loss_rows_", key))
+
+
+def check_targets_in_range(labels: Tensor, first_invalid: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raises ValueError for a label that is no class (on the CPU, where looking costs nothing)."""
+    if labels.device.type != "cpu":
+        return
+    at = int(first_invalid.item())
+    if at >= 0:
+        b, j = divmod(at, labels.shape[1])
+        raise ValueError(
+            f"targets must be in [0, {vocab_size}) or equal to ignore_index={ignore_index}, got {int(labels[b, j])} at "
+            f"index [{b}, {j}]"
+        )
+
+
+def check_grad_weight_out(buffer: Tensor | None, weight: Tensor) -> None:
+    """``grad_weight_out`` is added to in place: float32, whole, and no part of an autograd graph."""
+    if buffer is None:
+        return
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    check_tensor("grad_weight_out", buffer, dtypes=(dtype,), shape="of weight's shape", device=weight.device)
+    check_shape("grad_weight_out", buffer, weight.shape, "that of weight")
+    if not buffer.is_contiguous():
+        raise ValueError(f"grad_weight_out must be contiguous, got strides {list(buffer.stride())}")
+    if buffer.requires_grad:
+        raise ValueError("grad_weight_out must not require grad: backward adds to it in place")
+
+
+def checked_head_weights(
+    head_weights: Tensor | Sequence[float] | None, n_heads: int, device: torch.device
+) -> Tensor | None:
+    """``head_weights`` as a tensor ``[n]`` (itself, if it is one, so that it may take a gradient)."""
+    if head_weights is None:
+        return None
+    if isinstance(head_weights, Tensor):
+        check_vector("head_weights", head_weights, n_heads, "n", (torch.float32, torch.float64), device)
+        return head_weights
+    values = [float(w) for w in head_weights]
+    if len(values) != n_heads:
+        raise ValueError(f"head_weights must hold n = {n_heads} numbers, got {len(values)}")
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def checked_normalizer(normalizer: object) -> str | float | Tensor:
+    """``"per_head"``, a positive number, or a 0-d tensor."""
+    if isinstance(normalizer, str):
+        if normalizer != "per_head":
+            raise ValueError(f"normalizer must be 'per_head', a number or a 0-d tensor, got {normalizer!r}")
+        return normalizer
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer must be 0-d where it is a tensor, got {describe(normalizer)}")
+        return normalizer
+    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(f"normalizer must be 'per_head', a number or a 0-d tensor, got {describe(normalizer)}")
+    if not normalizer > 0:
+        raise ValueError(f"normalizer must be positive, got {normalizer}")
+    return float(normalizer)
+
+
+def checked_heads(name: str, heads: Collection[int], n_heads: int) -> frozenset[int]:
+    """A set of 1-based heads."""
+    for k in heads:
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n_heads:
+            raise ValueError(f"{name} must hold heads in 1..{n_heads}, got {k!r}")
+    return frozenset(heads)

@@ -1,0 +1,264 @@
+"""The loss of one step over n heads, fed one head at a time (the paper's sequential order) or all at once.
+
+This is what the public functions and the training schedules stand on. It works below autograd: it takes values, and
+returns gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from mtp_ext.ops import metrics
+from mtp_ext.ops.checks import check_targets_in_range
+from mtp_ext.ops.chunking import ChunkGemms
+from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, select_rows
+from mtp_ext.ops.row_loop import Gradients, RowLoop, RowSelection
+
+
+class HeadLossAccumulator:
+    """Loss, metrics and gradients of ``n`` heads over one unembedding, without ever holding the logits.
+
+    Heads are given in any order, each once, by :meth:`add`, or all together by :meth:`add_all` (then chunks run over
+    the joint rows of all heads). No argument may require grad; nothing here is recorded by autograd.
+
+    Args:
+        labels: ``[B, S']`` int32 or int64, unshifted: head ``k`` (1-based) at position ``s`` predicts
+            ``labels[:, s + first_shift + k - 1]``.
+        weight: ``[V, D]`` shared, or ``[n, V, D]`` replicated.
+        seq_len: ``S``, the positions of a head.
+        n_heads: ``n``.
+        first_shift: Shift of head 1: 1 for the next token.
+        document_ids: ``[B, S']`` integers: a target counts only in the document of its position.
+        head_weights: ``[n]``, weight of each head's loss; default 1.
+        token_weights: ``[B, S']`` float32, the weight of ``labels[b, j]`` as a target; "per_head" then divides by the
+            sum of weights.
+        normalizer: ``"per_head"``: each head's loss is its weighted mean over its own valid targets. Else the number
+            (or 0-d tensor) that each head's sum is divided by.
+        bias, class_weights: ``[V]``.
+        ignore_index: The label without loss or gradient.
+        options: Smoothing, z-loss, cap and scale.
+        need_grad_hidden, need_grad_weight, need_grad_bias: Which gradients to form.
+        detach_weight: 1-based heads whose loss sends no gradient to ``weight``.
+        compute_dtype: What hidden states and weight are rounded to before they are multiplied; default their own.
+        row_scale, lse_grad: ``[n * B * S]``, an incoming gradient per flat row, of its loss and of its log-sum-exp.
+        grad_weight_out: Buffer of ``weight``'s shape, float32, that the weight's gradient is added to.
+        chunk_rows, workspace_bytes: See :func:`mtp_ext.ops.chunking.chunk_size`.
+
+    Raises:
+        ValueError: On the CPU, a target outside ``[0, V)`` that is not ``ignore_index``.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        weight: Tensor,
+        *,
+        seq_len: int,
+        n_heads: int,
+        first_shift: int = 1,
+        document_ids: Tensor | None = None,
+        head_weights: Tensor | Sequence[float] | None = None,
+        token_weights: Tensor | None = None,
+        normalizer: str | float | Tensor = "per_head",
+        bias: Tensor | None = None,
+        class_weights: Tensor | None = None,
+        ignore_index: int = -100,
+        options: RowOptions | None = None,
+        need_grad_hidden: bool = True,
+        need_grad_weight: bool = True,
+        need_grad_bias: bool = False,
+        detach_weight: Collection[int] = (),
+        compute_dtype: torch.dtype | None = None,
+        row_scale: Tensor | None = None,
+        lse_grad: Tensor | None = None,
+        grad_weight_out: Tensor | None = None,
+        chunk_rows: int | None = None,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        self.n_heads, self.seq_len, self.first_shift = n_heads, seq_len, first_shift
+        self.weight = weight.detach()
+        self.compute_dtype = compute_dtype or weight.dtype
+        self.acc_dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+        self.need_grad_hidden = need_grad_hidden
+        self.detached = frozenset(detach_weight)
+        self.labels = labels if labels.stride(-1) == 1 or labels.shape[-1] <= 1 else labels.contiguous()
+        targets = RowTargets(
+            self.labels,
+            None if document_ids is None else document_ids.contiguous(),
+            None if token_weights is None else token_weights.detach().float().contiguous(),
+            seq_len,
+            first_shift,
+        )
+        vocab_size = weight.shape[-2]
+        rows, self.n_valid, first_invalid = select_rows(
+            targets, n_heads, ignore_index=ignore_index, vocab_size=vocab_size
+        )
+        check_targets_in_range(self.labels, first_invalid, vocab_size, ignore_index)
+        counts: list[int] = self.n_valid.tolist()
+        offsets = [sum(counts[:k]) for k in range(n_heads + 1)]
+        selection = RowSelection(rows[: offsets[-1]], offsets, targets.rows_per_head)
+
+        self.head_weights = self._as_head_weights(head_weights)
+        self.class_weights = None if class_weights is None else class_weights.detach().float().contiguous()
+        self._row_weights = self._weights_of_rows(targets, selection)
+        self.denominator = self._denominators(normalizer, selection)
+        positive = self.denominator != 0
+        self.head_scale = torch.where(positive, self.head_weights / self.denominator.where(positive, 1), 0)
+        self.loop = RowLoop(
+            targets,
+            selection,
+            options or RowOptions(),
+            self.head_scale,
+            RowTables.zeros(n_heads * targets.rows_per_head, self.acc_dtype, labels.device),
+            class_weights=self.class_weights,
+            class_weight_sum=float(vocab_size if self.class_weights is None else self.class_weights.double().sum()),
+            bias=None if bias is None else bias.detach().to(self.acc_dtype).contiguous(),
+            row_scale=None if row_scale is None else row_scale.to(self.acc_dtype).contiguous(),
+            lse_grad=None if lse_grad is None else lse_grad.to(self.acc_dtype).contiguous(),
+            chunk_rows=chunk_rows,
+            workspace_bytes=workspace_bytes,
+        )
+        self._grad_weight = grad_weight_out
+        self._grad_weight_is_empty = False
+        if need_grad_weight and grad_weight_out is None:
+            self._grad_weight_is_empty = weight.dim() == 2
+            make = torch.empty if self._grad_weight_is_empty else torch.zeros
+            self._grad_weight = make(weight.shape, dtype=self.acc_dtype, device=weight.device)
+        self.grad_bias = torch.zeros(vocab_size, dtype=self.acc_dtype, device=weight.device) if need_grad_bias else None
+        self._shared_gemms: ChunkGemms | None = None
+
+    def add(self, head: int, hidden: Tensor) -> Tensor | None:
+        """Adds head ``head`` (1-based).
+
+        Args:
+            head: Which head, ``1..n``.
+            hidden: ``[B, S, D]``.
+        Returns:
+            The gradient of ``sum_k head_weights[k] * head_loss[k]`` in ``hidden``, ``[B, S, D]``, or None.
+        """
+        return self._run(range(head - 1, head), {head - 1: hidden})[0]
+
+    def add_all(self, hidden: Sequence[Tensor] | Tensor) -> list[Tensor | None]:
+        """Adds all heads: ``n`` times ``[B, S, D]``; the joint rows share chunks. Returns their gradients."""
+        grads: list[Tensor | None] = []
+        for heads in self._ranges_of_equal_weight():
+            grads += self._run(heads, {k: hidden[k] for k in heads})
+        return grads
+
+    def result(self) -> MultiTokenLoss:
+        """The loss and the metrics of the heads added so far (a head not added counts as 0)."""
+        tables = self.loop.tables
+        sums = self.row_losses().view(self.n_heads, -1).sum(1, dtype=torch.float64)
+        positive = self.denominator != 0
+        head_loss = torch.where(positive, sums / self.denominator.where(positive, 1), 0).to(self.acc_dtype)
+        loss = (head_loss.double() * self.head_weights.double()).sum().to(self.acc_dtype)
+        predicted = tables.predicted.view(self.n_heads, self.labels.shape[0], self.seq_len)
+        return MultiTokenLoss(
+            loss,
+            head_loss,
+            self.n_valid,
+            metrics.top1(predicted, self.labels, self.n_valid, seq_len=self.seq_len, first_shift=self.first_shift),
+            metrics.acceptance_length(predicted),
+        )
+
+    def row_losses(self) -> Tensor:
+        """``[n * B * S]``: each flat row's loss times its token weight; 0 at rows that do not count."""
+        loss = self.loop.tables.loss
+        return loss if self._row_weights is None else loss * self._row_weights
+
+    @property
+    def grad_weight(self) -> Tensor | None:
+        """``weight``'s gradient from the heads added so far, its shape, float32 (float64 for float64 inputs)."""
+        if self._grad_weight is not None and self._grad_weight_is_empty:
+            self._grad_weight.zero_()
+            self._grad_weight_is_empty = False
+        return self._grad_weight
+
+    def _run(self, heads: range, hidden: dict[int, Tensor]) -> list[Tensor | None]:
+        offsets = self.loop.selection.offsets
+        begin, end = offsets[heads.start], offsets[heads.stop]
+        flat = [
+            hidden[k].detach().reshape(-1, hidden[k].shape[-1]) if k in hidden else None for k in range(self.n_heads)
+        ]
+        grads = [self._empty_grad(k, flat[k]) for k in range(self.n_heads)]
+        out: Gradients | None = None
+        grad_weight = None if heads.start + 1 in self.detached else self._grad_weight_of(heads.start)
+        if self.need_grad_hidden or grad_weight is not None or self.grad_bias is not None:
+            out = Gradients(grads, grad_weight, self._grad_weight_is_empty, self.grad_bias)
+        self.loop.run(begin, end, flat, self._gemms_of(heads.start), out)
+        if out is not None and grad_weight is not None:
+            self._grad_weight_is_empty = out.weight_is_empty
+        return [None if (g := grads[k]) is None else g.view(hidden[k].shape) for k in heads]
+
+    def _empty_grad(self, head: int, hidden: Tensor | None) -> Tensor | None:
+        """A gradient to fill: zeros only if some rows will not be written."""
+        if hidden is None or not self.need_grad_hidden:
+            return None
+        offsets = self.loop.selection.offsets
+        full = offsets[head + 1] - offsets[head] == hidden.shape[0]
+        shape, dtype = hidden.shape, hidden.dtype
+        return torch.empty(shape, dtype=dtype, device=hidden.device) if full else torch.zeros_like(hidden)
+
+    def _ranges_of_equal_weight(self) -> list[range]:
+        """Runs of heads whose rows may share a chunk: one unembedding, and the same answer to detach_weight."""
+        if self.weight.dim() == 3:
+            return [range(k, k + 1) for k in range(self.n_heads)]
+        starts = [k for k in range(self.n_heads) if k == 0 or (k + 1 in self.detached) != (k in self.detached)]
+        return [range(a, b) for a, b in zip(starts, [*starts[1:], self.n_heads], strict=True)]
+
+    def _gemms_of(self, head: int) -> ChunkGemms:
+        if self.weight.dim() == 3:
+            return ChunkGemms(self.weight[head], self.compute_dtype)
+        if self._shared_gemms is None:
+            self._shared_gemms = ChunkGemms(self.weight, self.compute_dtype)
+        return self._shared_gemms
+
+    def _grad_weight_of(self, head: int) -> Tensor | None:
+        if self._grad_weight is None or self.weight.dim() == 2:
+            return self._grad_weight
+        return self._grad_weight[head]
+
+    def _as_head_weights(self, head_weights: Tensor | Sequence[float] | None) -> Tensor:
+        device = self.labels.device
+        if head_weights is None:
+            return torch.ones(self.n_heads, dtype=self.acc_dtype, device=device)
+        if isinstance(head_weights, Tensor):
+            return head_weights.detach().to(device=device, dtype=self.acc_dtype)
+        return torch.tensor(list(head_weights), dtype=self.acc_dtype, device=device)
+
+    def _weights_of_rows(self, targets: RowTargets, selection: RowSelection) -> Tensor | None:
+        """``[n * B * S]`` token weights (0 at rows that do not count), or None where all are 1."""
+        if targets.token_weights is None:
+            return None
+        weights = torch.zeros(self.n_heads * targets.rows_per_head, dtype=self.acc_dtype, device=self.labels.device)
+        return weights.index_copy_(
+            0, selection.rows, self._at_targets(targets.token_weights, selection).to(self.acc_dtype)
+        )
+
+    def _at_targets(self, table: Tensor, selection: RowSelection) -> Tensor:
+        """``table [B, S']`` at the target of each selected row."""
+        head = selection.rows.div(selection.rows_per_head, rounding_mode="floor")
+        in_head = selection.rows - head * selection.rows_per_head
+        b = in_head.div(self.seq_len, rounding_mode="floor")
+        column = in_head - b * self.seq_len + self.first_shift + head
+        return table[b, column]
+
+    def _denominators(self, normalizer: str | float | Tensor, selection: RowSelection) -> Tensor:
+        """``[n]``: what each head's sum is divided by."""
+        if isinstance(normalizer, Tensor):
+            return normalizer.detach().to(device=self.labels.device, dtype=self.acc_dtype).expand(self.n_heads)
+        if not isinstance(normalizer, str):
+            return torch.full((self.n_heads,), float(normalizer), dtype=self.acc_dtype, device=self.labels.device)
+        if self._row_weights is None and self.class_weights is None:
+            return self.n_valid.to(self.acc_dtype)
+        weights = torch.ones(len(selection.rows), dtype=self.acc_dtype, device=self.labels.device)
+        if self._row_weights is not None:
+            weights = self._row_weights[selection.rows]
+        if self.class_weights is not None:
+            weights = weights * self.class_weights[self._at_targets(self.labels, selection)]
+        head = selection.rows.div(selection.rows_per_head, rounding_mode="floor")
+        return torch.zeros(self.n_heads, dtype=self.acc_dtype, device=self.labels.device).index_add_(0, head, weights)

@@ -1,0 +1,177 @@
+"""Cross-entropy of a linear layer's outputs, fused: one unembedding, a target for each row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mtp_ext.ops import checks
+from mtp_ext.ops.autocast import autocast_dtype
+from mtp_ext.ops.call import LossCall, RowArguments
+from mtp_ext.ops.multi_token_cross_entropy import MultiTokenCrossEntropyFunction
+
+
+class RowCrossEntropyFunction(torch.autograd.Function):
+    """Loss and log-sum-exp of every row; the backward forms the logits again, for any incoming gradients (8 N D V)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: LossCall, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        accumulator = call.accumulator(weight, bias, need_grad_hidden=False, need_grad_weight=False)
+        accumulator.add(1, hidden[0])
+        ctx.call = call
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.mark_non_differentiable(accumulator.denominator)
+        return accumulator.row_losses(), accumulator.loop.tables.lse, accumulator.denominator
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, grad_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        _, need_hidden, need_weight, need_bias = ctx.needs_input_grad
+        buffer = ctx.call.grad_weight_out
+        accumulator = ctx.call.accumulator(
+            weight,
+            bias,
+            normalizer=1.0,
+            need_grad_hidden=need_hidden,
+            need_grad_weight=need_weight,
+            need_grad_bias=need_bias,
+            row_scale=grad_loss,
+            lse_grad=grad_lse,
+            grad_weight_out=buffer,
+        )
+        grad_hidden = accumulator.add(1, hidden[0])
+        grad_weight = accumulator.grad_weight if buffer is None else None
+        return (
+            None,
+            None if grad_hidden is None else grad_hidden.view(hidden.shape),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if bias is None or accumulator.grad_bias is None else accumulator.grad_bias.to(bias.dtype),
+        )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_lse: bool = False,
+    chunk_rows: int | None = None,
+    workspace_bytes: int | None = None,
+    grad_weight_out: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``cross_entropy(hidden @ weight.T + bias, targets)``, with its gradients, without ever holding the logits.
+
+    Args:
+        hidden: ``[..., D]``, float32, bfloat16, float16 (float64 on the CPU).
+        weight: ``[V, D]`` on the same device; may differ in dtype under autocast.
+        targets: ``[...]`` int64 or int32, each in ``[0, V)`` or equal to ``ignore_index``.
+        bias: ``[V]``.
+        class_weights: ``[V]`` float32, as in :func:`torch.nn.functional.cross_entropy`.
+        token_weights: ``[...]`` float32. ``"mean"`` divides by the sum of the weights (torch's rule for class weights);
+            rows of weight 0 cost nothing.
+        ignore_index: Target of rows without loss or gradient.
+        reduction: ``"mean"``, ``"sum"``, or ``"none"`` (which forms the logits again in backward: 8 N D V FLOP for 6).
+        label_smoothing: In [0, 1], as in torch.
+        z_loss: Adds ``z_loss * lse**2`` per token (PaLM, arXiv 2204.02311, section 5).
+        softcap: ``logits <- softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
+        logit_scale: Factor of the logits, before the cap.
+        return_lse: Also return the log-sum-exp of each row's logits, differentiable (recomputes like ``"none"``).
+        chunk_rows: Most rows whose logits are held at once; default by the cost model.
+        workspace_bytes: The same limit, in bytes of logits.
+        grad_weight_out: Float32 buffer of ``weight``'s shape that the gradient is added to as soon as it is formed;
+            ``weight`` then gets no gradient.
+        group: Process group over which the vocabulary is sharded.
+
+    Returns:
+        The loss in nats: 0-d, or ``[...]`` for ``"none"``; float32, or float64 for float64 inputs; with
+        ``return_lse`` also lse ``[...]``, 0 at ignored rows. Differentiable once, in ``hidden``, ``weight``
+        and ``bias``. No valid target gives 0.
+
+    Raises:
+        TypeError, ValueError: An argument of wrong type, dtype, shape, device or range; a target that is no class.
+
+    Reference: :func:`torch.nn.functional.cross_entropy` of :func:`torch.nn.functional.linear`.
+    """
+    row = RowArguments(
+        bias=bias,
+        class_weights=class_weights,
+        token_weights=token_weights,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_rows=chunk_rows,
+        workspace_bytes=workspace_bytes,
+        grad_weight_out=grad_weight_out,
+        group=group,
+    )
+    compute_dtype = _check_inputs(hidden, weight, targets, token_weights)
+    row.check(weight, ("mean", "sum", "none"))
+    checks.check_backend(hidden.device)
+    rows = hidden.reshape(1, 1, -1, hidden.shape[-1])
+    if token_weights is not None:
+        row = replace(row, token_weights=token_weights.reshape(1, -1))
+    call = LossCall(
+        labels=targets.reshape(1, -1),
+        seq_len=rows.shape[2],
+        n_heads=1,
+        first_shift=0,
+        stacked=True,
+        grad_weight_out=grad_weight_out,
+        row=row,
+        compute_dtype=compute_dtype,
+    )
+    if reduction != "none" and not return_lse:
+        with_grad = torch.is_grad_enabled()
+        loss: Tensor = MultiTokenCrossEntropyFunction.apply(  # type: ignore[no-untyped-call]
+            call, with_grad, weight, bias, None, rows
+        )[0]
+        return loss
+    losses, lse, denominator = RowCrossEntropyFunction.apply(call, rows, weight, bias)  # type: ignore[no-untyped-call]
+    lse = lse.view(targets.shape)
+    if reduction == "none":
+        losses = losses.view(targets.shape)
+        return (losses, lse) if return_lse else losses
+    total = losses.sum(dtype=torch.float64) / torch.where(denominator != 0, denominator, 1)[0]
+    return total.to(losses.dtype), lse
+
+
+def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None) -> torch.dtype:
+    """Checks what has a shape, and returns the dtype of the GEMMs' operands."""
+    checks.check_tensor("hidden", hidden, dtypes=checks.FLOAT_DTYPES, shape="[..., D]")
+    if hidden.dim() == 0:
+        raise ValueError(f"hidden must be [..., D], got {checks.describe(hidden)}")
+    checks.check_tensor("weight", weight, dtypes=checks.FLOAT_DTYPES, shape="[V, D]", device=hidden.device)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight must be [V, D] with V >= 1 and D = {hidden.shape[-1]} of hidden, got {checks.describe(weight)}"
+        )
+    autocast = autocast_dtype(hidden)
+    checks.check_same_dtype(hidden.dtype, "weight", weight, autocast is not None)
+    checks.check_tensor("targets", targets, dtypes=checks.INDEX_DTYPES, shape="[...]", device=hidden.device)
+    checks.check_shape("targets", targets, hidden.shape[:-1], "hidden's without D")
+    if token_weights is not None:
+        checks.check_tensor(
+            "token_weights", token_weights, dtypes=checks.FLOAT_DTYPES, shape="[...]", device=hidden.device
+        )
+        checks.check_shape("token_weights", token_weights, targets.shape, "that of targets")
+    return autocast or hidden.dtype

@@ -1,0 +1,223 @@
+"""The loss of n future-token heads over one unembedding, fused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mtp_ext.ops import checks
+from mtp_ext.ops.autocast import autocast_dtype
+from mtp_ext.ops.call import LossCall, RowArguments, scaled
+from mtp_ext.ops.result import MultiTokenLoss
+
+
+class MultiTokenCrossEntropyFunction(torch.autograd.Function):
+    """Takes all gradients in the forward (6 N D V FLOP); the backward only hands them out, scaled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: LossCall,
+        with_grad: bool,
+        weight: Tensor,
+        bias: Tensor | None,
+        head_weights: Tensor | None,
+        *hidden: Tensor,
+    ) -> tuple[Tensor, ...]:
+        need_weight, need_bias, need_head_weights, *need_hidden = (with_grad and n for n in ctx.needs_input_grad[2:])
+        need_weight |= with_grad and call.grad_weight_out is not None
+        accumulator = call.accumulator(
+            weight,
+            bias,
+            head_weights=head_weights,
+            need_grad_hidden=any(need_hidden),
+            need_grad_weight=need_weight,
+            need_grad_bias=need_bias,
+        )
+        grads = accumulator.add_all(hidden[0] if call.stacked else hidden)
+        if call.stacked:
+            grads = [torch.stack([g for g in grads if g is not None]) if any(need_hidden) else None]
+        result = accumulator.result()
+        ctx.call = call
+        ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias, head_weights)]
+        head_grad = result.head_loss if need_head_weights else None
+        ctx.save_for_backward(accumulator.grad_weight, accumulator.grad_bias, head_grad, *grads)
+        ctx.mark_non_differentiable(*result[1:])
+        return tuple(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_weight, grad_bias, grad_head_weights, *grad_hidden = ctx.saved_tensors
+        weight_dtype, bias_dtype, head_weights_dtype = ctx.dtypes
+        if ctx.call.grad_weight_out is not None:
+            ctx.call.grad_weight_out.add_(scaled(grad_weight, grad_loss, None))
+            grad_weight = None
+        return (
+            None,
+            None,
+            scaled(grad_weight, grad_loss, weight_dtype),
+            scaled(grad_bias, grad_loss, bias_dtype),
+            scaled(grad_head_weights, grad_loss, head_weights_dtype),
+            *(scaled(g, grad_loss, None) for g in grad_hidden),
+        )
+
+
+def multi_token_cross_entropy(
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    document_ids: Tensor | None = None,
+    head_weights: Tensor | Sequence[float] | None = None,
+    token_weights: Tensor | None = None,
+    normalizer: str | float | Tensor = "per_head",
+    detach_weight: Collection[int] = (),
+    bias: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    workspace_bytes: int | None = None,
+    grad_weight_out: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> MultiTokenLoss:
+    """Cross-entropy of ``n`` future-token heads, with its gradients, without ever holding the logits.
+
+    ``loss = sum_k head_weights[k] * head_loss[k]``, where ``head_loss[k]`` is the mean over positions ``s`` of
+    ``-log softmax(weight @ hidden[k, b, s])[labels[b, s + k]]``, ``k = 1..n``.
+
+    Args:
+        hidden: ``[n, B, S, D]``, or a sequence of ``n`` tensors ``[B, S, D]``; float32, bfloat16, float16 (float64 on
+            the CPU).
+        weight: ``[V, D]`` shared by the heads, or ``[n, V, D]``, one each.
+        labels: ``[B, S']`` int64 or int32, ``S' >= S``, UNSHIFTED token ids: head ``k`` at position ``s`` predicts
+            ``labels[:, s + k]``. Targets past the end are ignored: give ``S' = S + n`` to lose none.
+        document_ids: ``[B, S']`` integers. A target counts only if it is in its position's document.
+        head_weights: ``n`` floats or a tensor ``[n]``; default all 1, the paper's sum.
+        token_weights: ``[B, S']`` float32, the weight of ``labels[b, j]`` as a target. Means divide by the sum of the
+            weights (torch's rule for class weights); targets of weight 0 cost nothing.
+        normalizer: ``"per_head"``: each head's mean over its own valid targets. A number or 0-d tensor: each head's sum
+            is divided by it (a token count over all ranks, say).
+        detach_weight: 1-based heads whose loss sends no gradient to ``weight``.
+        bias: ``[V]``.
+        class_weights: ``[V]`` float32, as in :func:`torch.nn.functional.cross_entropy`.
+        ignore_index: Label of positions without loss or gradient.
+        reduction: ``"mean"`` (by ``normalizer``) or ``"sum"``.
+        label_smoothing: In [0, 1], as in torch.
+        z_loss: Adds ``z_loss * lse**2`` per token (PaLM, arXiv 2204.02311, section 5).
+        softcap: ``logits <- softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
+        logit_scale: Factor of the logits, before the cap.
+        chunk_rows: Most rows whose logits are held at once; default by the cost model.
+        workspace_bytes: The same limit, in bytes of logits.
+        grad_weight_out: Float32 buffer of ``weight``'s shape that the gradient is added to as soon as it is formed;
+            ``weight`` then gets no gradient.
+        group: Process group over which the vocabulary is sharded.
+
+    Returns:
+        :class:`MultiTokenLoss`; only ``loss`` is differentiable, once, in ``hidden``, ``weight``, ``bias`` and
+        ``head_weights``. float32, or float64 for float64 inputs. A head without valid targets contributes 0.
+
+    Raises:
+        TypeError, ValueError: An argument of wrong type, dtype, shape, device or range; a target that is no class.
+
+    Reference: Gloeckle et al. 2024, Better & Faster Large Language Models via Multi-token Prediction, section 2.
+    """
+    stacked = isinstance(hidden, Tensor)
+    heads = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
+    n_heads, seq_len = _check_hidden(heads, stacked, labels)
+    autocast = autocast_dtype(heads[0])
+    _check_weight(heads[0], weight, n_heads, autocast is not None)
+    _check_like_labels(labels, document_ids, token_weights)
+    row = RowArguments(
+        bias=bias,
+        class_weights=class_weights,
+        token_weights=token_weights,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_rows=chunk_rows,
+        workspace_bytes=workspace_bytes,
+        grad_weight_out=grad_weight_out,
+        group=group,
+    )
+    row.check(weight, ("mean", "sum"))
+    call = LossCall(
+        labels=labels,
+        seq_len=seq_len,
+        n_heads=n_heads,
+        first_shift=1,
+        stacked=stacked,
+        grad_weight_out=grad_weight_out,
+        row=row,
+        compute_dtype=autocast or heads[0].dtype,
+        normalizer=checks.checked_normalizer(normalizer),
+        document_ids=document_ids,
+        detach_weight=checks.checked_heads("detach_weight", detach_weight, n_heads),
+    )
+    scale = checks.checked_head_weights(head_weights, n_heads, heads[0].device)
+    checks.check_backend(heads[0].device)
+    outputs = MultiTokenCrossEntropyFunction.apply(  # type: ignore[no-untyped-call]
+        call, torch.is_grad_enabled(), weight, bias, scale, *heads
+    )
+    return MultiTokenLoss(*outputs)
+
+
+def _check_hidden(heads: tuple[Tensor, ...], stacked: bool, labels: Tensor) -> tuple[int, int]:
+    """``(n, S)`` of the hidden states."""
+    shape = "[n, B, S, D]" if stacked else "of n tensors [B, S, D]"
+    if not heads:
+        raise ValueError("hidden must hold at least one head, got an empty sequence")
+    for k, h in enumerate(heads):
+        name = "hidden" if stacked else f"hidden[{k}]"
+        dtypes = checks.FLOAT_DTYPES
+        checks.check_tensor(name, h, dtypes=dtypes, shape=shape, device=heads[0].device)
+        if h.dim() != (4 if stacked else 3):
+            raise ValueError(f"{name} must be {shape}, got {checks.describe(h)}")
+        if h.dtype != heads[0].dtype:
+            raise TypeError(f"{name} must have the dtype of hidden[0], got {checks.describe(h)}")
+        checks.check_shape(name, h, heads[0].shape, "that of the first head")
+    checks.check_tensor("labels", labels, dtypes=checks.INDEX_DTYPES, shape="[B, S']", device=heads[0].device)
+    batch, seq_len = heads[0].shape[-3:-1]
+    if labels.dim() != 2 or labels.shape[0] != batch or labels.shape[1] < seq_len:
+        raise ValueError(
+            f"labels must be [B, S'] with B = {batch} and S' >= S = {seq_len} (unshifted; S + n loses no target), got "
+            f"{checks.describe(labels)}"
+        )
+    n_heads = heads[0].shape[0] if stacked else len(heads)
+    if n_heads == 0:
+        raise ValueError(f"hidden must hold at least one head, got {checks.describe(heads[0])}")
+    return n_heads, seq_len
+
+
+def _check_weight(hidden: Tensor, weight: Tensor, n_heads: int, autocast: bool) -> None:
+    checks.check_tensor("weight", weight, dtypes=checks.FLOAT_DTYPES, shape="[V, D]", device=hidden.device)
+    width = hidden.shape[-1]
+    if weight.dim() not in (2, 3) or weight.shape[-1] != width or weight.shape[:-2] not in ((), (n_heads,)):
+        raise ValueError(
+            f"weight must be [V, D] or [n, V, D] with n = {n_heads}, D = {width}, got {checks.describe(weight)}"
+        )
+    if weight.shape[-2] == 0:
+        raise ValueError(f"weight must have at least one class, got {checks.describe(weight)}")
+    checks.check_same_dtype(hidden.dtype, "weight", weight, autocast)
+
+
+def _check_like_labels(labels: Tensor, document_ids: Tensor | None, token_weights: Tensor | None) -> None:
+    for name, x, dtypes in (
+        ("document_ids", document_ids, checks.INDEX_DTYPES),
+        ("token_weights", token_weights, checks.FLOAT_DTYPES),
+    ):
+        if x is not None:
+            checks.check_tensor(name, x, dtypes=dtypes, shape="[B, S']", device=labels.device)
+            checks.check_shape(name, x, labels.shape, "[B, S'] of labels")

@@ -1,0 +1,182 @@
+"""Plain torch, full logits, any dtype: what the fused loss must equal. In float64 it is the oracle of every test."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_ext.ops import metrics
+from mtp_ext.ops.result import MultiTokenLoss
+
+
+def logits_of(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """``[..., V]`` logits after bias, scale and cap."""
+    logits = F.linear(hidden, weight, bias)
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def token_losses(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of each row: ``logits [N, V]``, ``targets [N]`` -> two ``[N]``; 0 where ignored."""
+    valid = targets != ignore_index
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = torch.where(valid[:, None], logits, 0)  # NaN in an ignored row must not reach a gradient
+    if class_weights is not None:
+        class_weights = class_weights.to(logits.dtype)
+    loss = F.cross_entropy(
+        logits,
+        targets.long(),
+        weight=class_weights,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    lse = torch.where(valid, torch.logsumexp(logits, dim=-1), 0)
+    return loss + z_loss * lse**2, lse
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The arguments and results of :func:`mtp_ext.linear_cross_entropy`."""
+    flat, kept = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
+    if token_weights is not None:
+        flat = torch.where(token_weights.reshape(-1) != 0, flat, ignore_index)
+    logits = logits_of(kept, weight, bias=bias, softcap=softcap, logit_scale=logit_scale)
+    loss, lse = token_losses(
+        logits,
+        flat,
+        class_weights=class_weights,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+    weights = _target_weights(flat, class_weights, token_weights, ignore_index, loss.dtype)
+    if token_weights is not None:
+        loss = loss * token_weights.reshape(-1).to(loss.dtype)
+    if reduction == "none":
+        loss = loss.view(targets.shape)
+    else:
+        loss = loss.sum()
+        if reduction == "mean":
+            loss = loss / torch.where(weights.sum() != 0, weights.sum(), 1)
+    return (loss, lse.view(targets.shape)) if return_lse else loss
+
+
+def _target_weights(
+    targets: Tensor,
+    class_weights: Tensor | None,
+    token_weights: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What each target adds to the denominator of a mean."""
+    valid = targets != ignore_index
+    weights = valid.to(dtype)
+    if class_weights is not None:
+        weights = weights * class_weights.to(dtype)[torch.where(valid, targets, 0).long()]
+    if token_weights is not None:
+        weights = weights * token_weights.reshape(-1).to(dtype)
+    return weights
+
+
+def shifted_targets(labels: Tensor, k: int, seq_len: int, document_ids: Tensor | None, ignore_index: int) -> Tensor:
+    """``[B, S]``: what head ``k`` predicts at each position, ``ignore_index`` where it has no target."""
+    targets = torch.full_like(labels[:, :seq_len], ignore_index)
+    width = min(seq_len, labels.shape[1] - k)
+    if width > 0:
+        targets[:, :width] = labels[:, k : k + width]
+        if document_ids is not None:
+            same = document_ids[:, k : k + width] == document_ids[:, :width]
+            targets[:, :width] = torch.where(same, targets[:, :width], ignore_index)
+    return targets
+
+
+def multi_token_cross_entropy(
+    hidden: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    document_ids: Tensor | None = None,
+    head_weights: Tensor | Sequence[float] | None = None,
+    token_weights: Tensor | None = None,
+    normalizer: str | float | Tensor = "per_head",
+    detach_weight: Collection[int] = (),
+    bias: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> MultiTokenLoss:
+    """The arguments and results of :func:`mtp_ext.multi_token_cross_entropy`, head by head, by definition."""
+    n_heads, seq_len = len(hidden), hidden[0].shape[1]
+    head_loss, n_valid, predicted = [], [], []
+    for k in range(1, n_heads + 1):
+        targets = shifted_targets(labels, k, seq_len, document_ids, ignore_index)
+        weights = None
+        if token_weights is not None:
+            weights = F.pad(token_weights, (0, n_heads))[:, k : k + seq_len]
+            targets = torch.where(weights != 0, targets, ignore_index)
+        unembed = weight[k - 1] if weight.dim() == 3 else weight
+        unembed = unembed.detach() if k in detach_weight else unembed
+        options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+        total = linear_cross_entropy(
+            hidden[k - 1],
+            unembed,
+            targets,
+            class_weights=class_weights,
+            token_weights=weights,
+            ignore_index=ignore_index,
+            reduction="mean" if normalizer == "per_head" and reduction == "mean" else "sum",
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            **options,  # type: ignore[arg-type]
+        )
+        assert isinstance(total, Tensor)
+        if reduction == "mean" and not isinstance(normalizer, str):
+            total = total / normalizer
+        valid = targets != ignore_index
+        head_loss.append(total)
+        n_valid.append(valid.sum())
+        with torch.no_grad():
+            argmax = logits_of(hidden[k - 1], unembed, **options).argmax(-1)  # type: ignore[arg-type]
+            predicted.append(torch.where(valid, argmax, -1))
+    losses, counts, table = torch.stack(head_loss), torch.stack(n_valid), torch.stack(predicted)
+    scale = torch.ones_like(losses) if head_weights is None else torch.as_tensor(head_weights).to(losses)
+    return MultiTokenLoss(
+        (losses * scale).sum(),
+        losses.detach(),
+        counts,
+        metrics.top1(table, labels, counts, seq_len=seq_len, first_shift=1),
+        metrics.acceptance_length(table),
+    )

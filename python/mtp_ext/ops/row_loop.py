@@ -1,0 +1,161 @@
+"""The row-chunk loop: logits of a few rows, their loss, their gradient in place, and the products with it.
+
+Every GEMM of the loss is here, three per chunk (6 N D V FLOP in all). Nothing of size ``N x V`` is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mtp_ext.ops.chunking import ChunkGemms, chunk_size
+from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """The rows that carry a target, head by head."""
+
+    rows: Tensor  # [sum(counts)] int64, flat (head, b, s), ascending
+    offsets: list[int]  # [n + 1]: head k's rows are rows[offsets[k] : offsets[k + 1]]
+    rows_per_head: int  # B * S
+
+    def pieces(self, begin: int, end: int) -> Iterator[tuple[int, slice, slice | Tensor]]:
+        """Splits ``rows[begin:end]`` by head: ``(head, where in the chunk, which of the head's B * S rows)``."""
+        for head in range(len(self.offsets) - 1):
+            first, last = self.offsets[head], self.offsets[head + 1]
+            low, high = max(begin, first), min(end, last)
+            if low >= high:
+                continue
+            where = slice(low - begin, high - begin)
+            if last - first == self.rows_per_head:  # every row counts: consecutive
+                yield head, where, slice(low - first, high - first)
+            else:
+                yield head, where, self.rows[low:high] - head * self.rows_per_head
+
+
+@dataclass
+class Gradients:
+    """Where the loop writes gradients; None where none is needed."""
+
+    hidden: Sequence[Tensor | None]  # n times [B * S, D], zeros at rows that do not count
+    weight: Tensor | None = None  # [V, D] float32 or float64
+    weight_is_empty: bool = False  # weight is uninitialised: the first chunk writes it instead of adding
+    bias: Tensor | None = None  # [V], zeros or a running sum
+
+
+@dataclass
+class RowLoop:
+    """One loss over selected rows; ``run`` may be called for any range of them, in any order."""
+
+    targets: RowTargets
+    selection: RowSelection
+    options: RowOptions
+    head_scale: Tensor  # [n], the gradient weight of each head's rows
+    tables: RowTables
+    class_weights: Tensor | None = None
+    class_weight_sum: float = 0.0
+    bias: Tensor | None = None
+    row_scale: Tensor | None = None  # [n * B * S], incoming gradient per row
+    lse_grad: Tensor | None = None
+    chunk_rows: int | None = None
+    workspace_bytes: int | None = None
+    _buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def run(
+        self, begin: int, end: int, hidden: Sequence[Tensor | None], gemms: ChunkGemms, out: Gradients | None
+    ) -> None:
+        """Processes ``selection.rows[begin:end]``.
+
+        Args:
+            begin, end: Range of selected rows.
+            hidden: Per head ``[B * S, D]`` (None for heads outside the range).
+            gemms: The unembedding of these rows.
+            out: Gradients to write, or None for the loss alone.
+        """
+        if begin == end:
+            return
+        vocab_size, dtype = gemms.weight.shape[0], gemms.logits_dtype
+        size = chunk_size(
+            end - begin,
+            vocab_size,
+            dtype.itemsize,
+            chunk_rows=self.chunk_rows,
+            workspace_bytes=self.workspace_bytes,
+        )
+        logits = self._buffer("logits", (size, vocab_size), dtype)
+        for low in range(begin, end, size):
+            high = min(low + size, end)
+            rows = self.selection.rows[low:high]
+            h = self._gather(low, high, hidden, gemms)
+            z = gemms.logits(h, logits[: high - low])
+            loss_rows_(
+                z,
+                rows,
+                self.targets,
+                self.tables,
+                head_scale=self.head_scale,
+                options=self.options,
+                row_scale=self.row_scale,
+                lse_grad=self.lse_grad,
+                class_weights=self.class_weights,
+                class_weight_sum=self.class_weight_sum,
+                bias=self.bias,
+                write_gradient=out is not None,
+            )
+            if out is not None:
+                self._products(low, high, z, h, gemms, out)
+
+    def _products(self, low: int, high: int, z: Tensor, h: Tensor, gemms: ChunkGemms, out: Gradients) -> None:
+        if any(g is not None for g in out.hidden):
+            self._scatter_grad_hidden(low, high, z, gemms, out.hidden)
+        if out.weight is not None:
+            gemms.add_grad_weight(z, h, out.weight, accumulate=not out.weight_is_empty)
+            out.weight_is_empty = False
+        if out.bias is not None:
+            out.bias += z.sum(0, dtype=out.bias.dtype)
+
+    def _gather(self, low: int, high: int, hidden: Sequence[Tensor | None], gemms: ChunkGemms) -> Tensor:
+        """The chunk's rows as a GEMM operand ``[C, D]``; a view where they are consecutive and need no conversion."""
+        dtype = gemms.logits_dtype
+        buffer: Tensor | None = None
+        for head, where, index in self.selection.pieces(low, high):
+            source = hidden[head]
+            assert source is not None, "a head in the range has no hidden rows"
+            if isinstance(index, slice) and where == slice(0, high - low) and source.dtype == dtype:
+                return source[index]
+            if buffer is None:
+                buffer = self._buffer("hidden", (high - low, source.shape[1]), dtype)
+            picked = source[index] if isinstance(index, slice) else source.index_select(0, index)
+            buffer[where].copy_(picked.to(gemms.compute_dtype))
+        assert buffer is not None, "a chunk has at least one row"
+        return buffer
+
+    def _scatter_grad_hidden(
+        self, low: int, high: int, z: Tensor, gemms: ChunkGemms, grads: Sequence[Tensor | None]
+    ) -> None:
+        pieces = list(self.selection.pieces(low, high))
+        first = grads[pieces[0][0]]
+        if len(pieces) == 1 and first is not None and isinstance(pieces[0][2], slice) and first.dtype == z.dtype:
+            gemms.grad_hidden(z, first[pieces[0][2]])
+            return
+        buffer = gemms.grad_hidden(z, self._buffer("grad_hidden", (high - low, gemms.weight.shape[1]), z.dtype))
+        for head, where, index in pieces:
+            grad = grads[head]
+            if grad is None:
+                continue
+            if isinstance(index, slice):
+                grad[index] = buffer[where].to(grad.dtype)
+            else:
+                grad.index_copy_(0, index, buffer[where].to(grad.dtype))
+
+    def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Memory that the chunks share; grown where a later range has larger chunks."""
+        held = self._buffers.get(name)
+        if held is None or held.shape[0] < shape[0] or held.dtype != dtype or held.shape[1] != shape[1]:
+            held = torch.empty(shape, dtype=dtype, device=self.targets.labels.device)
+            self._buffers[name] = held
+        return held[: shape[0]]

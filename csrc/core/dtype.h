@@ -30,8 +30,7 @@ inline BFloat16Bits to_bfloat16(float value) {
 }
 
 MTP_HD int64_t load_index(const void* values, IndexType type, int64_t i) {
-  return type == IndexType::kInt64 ? static_cast<const int64_t*>(values)[i]
-                                   : static_cast<const int32_t*>(values)[i];
+  return type == IndexType::kInt64 ? static_cast<const int64_t*>(values)[i] : static_cast<const int32_t*>(values)[i];
 }
 
 }  // namespace mtp

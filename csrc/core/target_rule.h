@@ -13,7 +13,7 @@
 namespace mtp {
 
 struct TargetRule {
-  const void* labels;        // [B, label_len], unit stride over label_len
+  const void* labels;          // [B, label_len], unit stride over label_len
   const void* document_ids;    // the same shape, or null: one document per row
   const float* token_weights;  // [B, label_len] contiguous: the weight of labels[b, j] as a target; or null: 1
   IndexType label_type, document_type;
@@ -36,9 +36,7 @@ struct TargetRule {
   MTP_HD int64_t column(Location at) const { return at.s + first_shift + at.head; }
 
   // The target of a row that is known to count.
-  MTP_HD int64_t target(Location at) const {
-    return load_index(labels, label_type, at.b * label_stride + column(at));
-  }
+  MTP_HD int64_t target(Location at) const { return load_index(labels, label_type, at.b * label_stride + column(at)); }
 
   MTP_HD float token_weight(Location at) const {
     return token_weights == nullptr ? 1.0f : token_weights[at.b * label_len + column(at)];

@@ -35,9 +35,12 @@ CpuCapability cpu_capability() {
 
 const char* capability_name(CpuCapability capability) {
   switch (capability) {
-    case CpuCapability::kPlain: return "plain";
-    case CpuCapability::kAvx2: return "avx2";
-    case CpuCapability::kAvx512: return "avx512";
+    case CpuCapability::kPlain:
+      return "plain";
+    case CpuCapability::kAvx2:
+      return "avx2";
+    case CpuCapability::kAvx512:
+      return "avx512";
   }
   return "unknown";
 }

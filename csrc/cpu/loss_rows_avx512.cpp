@@ -9,7 +9,8 @@ constexpr int kLanes = 16;
 }  // namespace mtp
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
@@ -18,7 +19,9 @@ constexpr int kLanes = 16;
 #include "cpu/loss_rows_simd.h"
 
 namespace mtp {
-void loss_rows_avx512(const LossRowsParams<float>& params, int64_t begin, int64_t end) { loss_rows(params, begin, end); }
+void loss_rows_avx512(const LossRowsParams<float>& params, int64_t begin, int64_t end) {
+  loss_rows(params, begin, end);
+}
 }  // namespace mtp
 
 #if defined(__clang__)

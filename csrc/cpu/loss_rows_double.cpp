@@ -1,5 +1,6 @@
 // The float64 row kernel: the definition, term by term. See cpu/loss_rows.h.
 #include <cmath>
+#include <cstring>
 
 #include "cpu/loss_rows.h"
 
@@ -8,41 +9,59 @@ namespace {
 
 double cap(double t, double softcap) { return softcap > 0.0 ? softcap * std::tanh(t / softcap) : t; }
 
-void process_row(double* x, const LossRowsParams<double>& p, int64_t row) {
-  const TargetRule::Location at = p.targets.locate(row);
-  const int64_t target = p.targets.target(at);
-  RowStatistics stats{-INFINITY, 0.0, 0.0, 0.0};
-  int64_t predicted = 0;
+RowStatistics row_statistics(double* x, const LossRowsParams<double>& p, int64_t target) {
+  RowStatistics stats{-INFINITY, 0.0, 0.0, 0.0, 0.0, static_cast<double>(p.vocab_start)};
   for (int64_t v = 0; v < p.vocab_size; ++v) {
     x[v] = cap(p.logit_scale * (x[v] + (p.bias == nullptr ? 0.0 : p.bias[v])), p.softcap);
     if (x[v] > stats.max) {
       stats.max = x[v];
-      predicted = v;
+      stats.argmax = static_cast<double>(p.vocab_start + v);
     }
     if (p.options.label_smoothing > 0.0) stats.weighted_sum += p.class_weight(v) * x[v];
   }
-  stats.target_logit = x[target];
+  // A shard may be all -inf where the row is not; (-inf) - (-inf) would make it NaN.
+  const double shift = stats.max == -INFINITY && p.stage == Stage::kStatistics ? 0.0 : stats.max;
   for (int64_t v = 0; v < p.vocab_size; ++v)
-    if (v != target) stats.sum_others += std::exp(x[v] - stats.max);
+    if (v + p.vocab_start != target) stats.sum_others += std::exp(x[v] - shift);
+  if (p.holds(target)) {
+    stats.target_logit = x[target - p.vocab_start];
+    stats.target_class_weight = p.class_weight(target - p.vocab_start);
+  }
+  return stats;
+}
 
-  const RowLoss result = finish_row(stats, p.options, p.class_weight(target), p.row_weight(row, at),
-                                    p.lse_grad == nullptr ? 0.0 : p.lse_grad[row]);
+void finish(double* x, const LossRowsParams<double>& p, int64_t row, int64_t target, const RowStatistics& stats) {
+  const double lse_grad = p.lse_grad == nullptr ? 0.0 : p.lse_grad[row];
+  const RowLoss result = finish_row(stats, p.options, p.row_weight(row, p.targets.locate(row)), lse_grad);
   p.loss[row] = result.loss;
   p.lse[row] = result.lse;
-  p.predicted[row] = static_cast<int32_t>(predicted);
+  p.predicted[row] = static_cast<int32_t>(stats.argmax);
   if (p.gradient == Gradient::kSkip) return;
   for (int64_t v = 0; v < p.vocab_size; ++v) {
-    double grad = v == target ? result.target_grad
-                              : result.prob_scale * std::exp(x[v] - stats.max) - result.uniform * p.class_weight(v);
+    double grad = v + p.vocab_start == target
+                      ? result.target_grad
+                      : result.prob_scale * std::exp(x[v] - stats.max) - result.uniform * p.class_weight(v);
     if (p.softcap > 0.0) grad *= 1.0 - (x[v] / p.softcap) * (x[v] / p.softcap);
     x[v] = grad * p.logit_scale;
   }
 }
 
+void process_row(double* x, const LossRowsParams<double>& p, int64_t r) {
+  const int64_t row = p.rows[r], target = p.targets.target(p.targets.locate(row));
+  RowStatistics stats;
+  if (p.stage == Stage::kGradient) {
+    std::memcpy(&stats, p.statistics + r * kRowStatistics, sizeof(stats));
+  } else {
+    stats = row_statistics(x, p, target);
+  }
+  if (p.stage != Stage::kStatistics) return finish(x, p, row, target, stats);
+  std::memcpy(p.statistics + r * kRowStatistics, &stats, sizeof(stats));
+}
+
 }  // namespace
 
 void loss_rows_double(const LossRowsParams<double>& p, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) process_row(static_cast<double*>(p.logits) + r * p.row_stride, p, p.rows[r]);
+  for (int64_t r = begin; r < end; ++r) process_row(static_cast<double*>(p.logits) + r * p.row_stride, p, r);
 }
 
 }  // namespace mtp

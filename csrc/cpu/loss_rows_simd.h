@@ -131,10 +131,12 @@ float find_max(const float* x, int64_t vocab_size, int32_t* index) {
       best_block = begin;
     }
   }
+  *index = 0;
+  if (vocab_size == 0) return best;  // an empty shard
   int64_t v = best_block;
   const int64_t end = std::min(vocab_size, best_block + kBlock);
   while (v + 1 < end && x[v] != best) ++v;
-  *index = static_cast<int32_t>(x[v] == best ? v : 0);  // a row of NaN has no maximum
+  if (x[v] == best) *index = static_cast<int32_t>(v);  // a row of NaN has no maximum
   return best;
 }
 
@@ -207,34 +209,60 @@ void write_gradient(float* x, const LossRowsParams<float>& p, const RowLoss& row
   });
 }
 
-void process_row(float* x, const LossRowsParams<float>& p, int64_t row) {
-  const TargetRule::Location at = p.targets.locate(row);
-  const int64_t target = p.targets.target(at);
-  const bool capped = p.softcap > 0.0, writes = p.gradient == Gradient::kWrite;
+// Reads a row of logits. Leaves exp(l - max), or with a cap l, in x; the target's own element is undefined.
+RowStatistics row_statistics(float* x, const LossRowsParams<float>& p, int64_t target) {
+  const bool capped = p.softcap > 0.0;
   if (capped || p.bias != nullptr || p.logit_scale != 1.0) transform_logits(x, p);
-
-  const float max_logit = find_max(x, p.vocab_size, &p.predicted[row]);
-  const float target_logit = x[target];
-  RowStatistics stats{max_logit, 0.0, target_logit, 0.0};
+  int32_t argmax = 0;
+  const float max_logit = find_max(x, p.vocab_size, &argmax);
+  RowStatistics stats{max_logit, 0.0, 0.0, 0.0, 0.0, static_cast<double>(p.vocab_start + argmax)};
   if (p.options.label_smoothing > 0.0) stats.weighted_sum = weighted_logit_sum(x, p.class_weights, p.vocab_size);
-  x[target] = -INFINITY;  // the sum over the others keeps its own precision: see core/row_loss.h
-  stats.sum_others = writes && !capped ? sum_exp<true>(x, p.vocab_size, max_logit)
-                                       : sum_exp<false>(x, p.vocab_size, max_logit);
+  if (p.holds(target)) {
+    const int64_t local = target - p.vocab_start;
+    stats.target_logit = x[local];
+    stats.target_class_weight = p.class_weight(local);
+    x[local] = -INFINITY;  // the sum over the others keeps its own precision: see core/row_loss.h
+  }
+  const bool store = p.gradient == Gradient::kWrite && !capped;
+  // A shard may be all -inf where the row is not; (-inf) - (-inf) would make it NaN.
+  const float shift = max_logit == -INFINITY && p.stage == Stage::kStatistics ? 0.0f : max_logit;
+  stats.sum_others = store ? sum_exp<true>(x, p.vocab_size, shift) : sum_exp<false>(x, p.vocab_size, shift);
+  return stats;
+}
 
-  const RowLoss result = finish_row(stats, p.options, p.class_weight(target), p.row_weight(row, at),
-                                    p.lse_grad == nullptr ? 0.0 : static_cast<double>(p.lse_grad[row]));
+// Ends a row: tables, and the gradient in place of what row_statistics left in x.
+void finish(float* x, const LossRowsParams<float>& p, int64_t row, int64_t target, const RowStatistics& stats,
+            double local_max) {
+  const TargetRule::Location at = p.targets.locate(row);
+  const double lse_grad = p.lse_grad == nullptr ? 0.0 : static_cast<double>(p.lse_grad[row]);
+  RowLoss result = finish_row(stats, p.options, p.row_weight(row, at), lse_grad);
   p.loss[row] = static_cast<float>(result.loss);
   p.lse[row] = static_cast<float>(result.lse);
-  if (!writes) return;
+  p.predicted[row] = static_cast<int32_t>(stats.argmax);
+  if (p.gradient == Gradient::kSkip) return;
   double target_grad = result.target_grad * p.logit_scale;
-  if (capped) {
-    const double t = static_cast<double>(target_logit) / p.softcap;
+  if (p.softcap > 0.0) {
+    const double t = stats.target_logit / p.softcap;
     target_grad *= 1.0 - t * t;
-    write_gradient<true>(x, p, result, max_logit);
+    write_gradient<true>(x, p, result, static_cast<float>(stats.max));
   } else {
-    write_gradient<false>(x, p, result, max_logit);
+    if (local_max != stats.max) result.prob_scale *= std::exp(local_max - stats.max);
+    write_gradient<false>(x, p, result, static_cast<float>(stats.max));
   }
-  x[target] = static_cast<float>(target_grad);
+  if (p.holds(target)) x[target - p.vocab_start] = static_cast<float>(target_grad);
+}
+
+void process_row(float* x, const LossRowsParams<float>& p, int64_t r) {
+  const int64_t row = p.rows[r], target = p.targets.target(p.targets.locate(row));
+  if (p.stage == Stage::kGradient) {
+    RowStatistics stats;
+    std::memcpy(&stats, p.statistics + r * kRowStatistics, sizeof(stats));
+    return finish(x, p, row, target, stats, p.local_max[r]);
+  }
+  const RowStatistics stats = row_statistics(x, p, target);
+  if (p.stage == Stage::kWhole) return finish(x, p, row, target, stats, stats.max);
+  std::memcpy(p.statistics + r * kRowStatistics, &stats, sizeof(stats));
+  p.local_max[r] = stats.max;
 }
 
 void widen(const BFloat16Bits* from, float* to, int64_t count) {
@@ -257,14 +285,14 @@ void narrow(const float* from, BFloat16Bits* to, int64_t count) {
 
 void loss_rows(const LossRowsParams<float>& p, int64_t begin, int64_t end) {
   if (p.dtype == DType::kFloat32) {
-    for (int64_t r = begin; r < end; ++r) process_row(static_cast<float*>(p.logits) + r * p.row_stride, p, p.rows[r]);
+    for (int64_t r = begin; r < end; ++r) process_row(static_cast<float*>(p.logits) + r * p.row_stride, p, r);
     return;
   }
   std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(p.vocab_size)]);
   for (int64_t r = begin; r < end; ++r) {
     BFloat16Bits* row = static_cast<BFloat16Bits*>(p.logits) + r * p.row_stride;
     widen(row, scratch.get(), p.vocab_size);
-    process_row(scratch.get(), p, p.rows[r]);
+    process_row(scratch.get(), p, r);
     if (p.gradient == Gradient::kWrite) narrow(scratch.get(), row, p.vocab_size);
   }
 }

@@ -3,11 +3,13 @@
 
 STABLE_TORCH_LIBRARY(mtp_ext, m) {
   m.def(
-      "_select_rows(Tensor labels, Tensor? document_ids, Tensor? token_weights, int num_heads, int seq_len, int first_shift, "
+      "_select_rows(Tensor labels, Tensor? document_ids, Tensor? token_weights, int num_heads, int seq_len, int "
+      "first_shift, "
       "int ignore_index, int vocab_size) -> (Tensor rows, Tensor counts, Tensor first_invalid)");
   m.def(
       "_loss_rows_(Tensor(a!) logits, Tensor rows, Tensor labels, Tensor head_scale, Tensor? row_scale, "
       "Tensor? lse_grad, Tensor? token_weights, Tensor? class_weights, Tensor? bias, int seq_len, int first_shift, "
       "float label_smoothing, float z_loss, float class_weight_sum, float softcap, float logit_scale, "
-      "bool write_gradient, Tensor(b!) loss, Tensor(c!) lse, Tensor(d!) predicted) -> ()");
+      "bool write_gradient, Tensor(b!) loss, Tensor(c!) lse, Tensor(d!) predicted, str stage='whole', "
+      "int vocab_start=0, int? total_vocab=None, Tensor(e!)? statistics=None, Tensor(f!)? local_max=None) -> ()");
 }

@@ -1,0 +1,36 @@
+// Checks for the native tests. A failed check prints where and what, and the test goes on; `return check::summary();`
+// ends main: it prints the counts and is 0 only if something was checked and nothing failed.
+#pragma once
+#include <cmath>
+#include <cstdio>
+
+namespace check {
+
+inline int passed = 0, failed = 0;
+
+inline bool record(bool ok, const char* file, int line, const char* what) {
+  ++(ok ? passed : failed);
+  if (!ok) std::fprintf(stderr, "%s:%d: failed: %s\n", file, line, what);
+  return ok;
+}
+
+// |actual - expected| <= tolerance; equal infinities are near, NaN is near nothing.
+inline bool near(double actual, double expected, double tolerance, const char* file, int line, const char* what) {
+  const bool ok = actual == expected || std::fabs(actual - expected) <= tolerance;
+  if (!record(ok, file, line, what)) {
+    std::fprintf(stderr, "  got %.17g, expected %.17g, off by %.3g, allowed %.3g\n", actual, expected,
+                 std::fabs(actual - expected), tolerance);
+  }
+  return ok;
+}
+
+inline int summary() {
+  std::printf("%d checks passed, %d failed\n", passed, failed);
+  return failed == 0 && passed > 0 ? 0 : 1;
+}
+
+}  // namespace check
+
+#define CHECK(condition) ::check::record(static_cast<bool>(condition), __FILE__, __LINE__, #condition)
+#define CHECK_NEAR(actual, expected, tolerance) \
+  ::check::near((actual), (expected), (tolerance), __FILE__, __LINE__, #actual " near " #expected)

@@ -1,0 +1,320 @@
+// The float32/bfloat16 row kernel of every instruction set that this processor has, and the float64 kernel, against the
+// definition in long double.
+#include "cpu/loss_rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "cpu/capability.h"
+
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+struct Options {
+  double smoothing = 0, z_loss = 0, softcap = 0, scale = 1;
+  bool bias = false, class_weights = false, token_weights = false, row_scale = false, lse_grad = false;
+};
+
+struct Expected {
+  double loss, lse;
+  int predicted;
+  std::vector<double> grad;
+};
+
+// One problem: `heads` heads over one batch row, so that row r of head k predicts labels[s + 1 + k].
+struct Problem {
+  int64_t vocab, seq, heads;
+  Options opt;
+  std::vector<double> logits;  // [heads * seq, vocab], rounded to the kernel's dtype
+  std::vector<int64_t> labels, rows;
+  std::vector<double> head_scale, row_scale, lse_grad, bias;
+  std::vector<float> class_weights, token_weights;
+
+  Problem(int64_t vocab, int64_t seq, int64_t heads, Options opt, bool bfloat16, unsigned seed)
+      : vocab(vocab), seq(seq), heads(heads), opt(opt) {
+    std::mt19937 rng(seed);
+    std::normal_distribution<float> normal(0.0f, 4.0f);
+    std::uniform_real_distribution<float> uniform(0.5f, 1.5f);
+    const auto fill = [&](auto& values, int64_t size, auto draw) {
+      values.resize(static_cast<size_t>(size));
+      for (auto& value : values) value = draw();
+    };
+    fill(logits, heads * seq * vocab, [&] {
+      const float x = normal(rng);
+      return static_cast<double>(bfloat16 ? mtp::to_float(mtp::to_bfloat16(x)) : x);
+    });
+    fill(labels, seq + heads, [&] { return static_cast<int64_t>(rng() % static_cast<uint64_t>(vocab)); });
+    fill(head_scale, heads, [&] { return static_cast<double>(uniform(rng)); });
+    fill(row_scale, heads * seq, [&] { return static_cast<double>(uniform(rng)); });
+    fill(lse_grad, heads * seq, [&] { return static_cast<double>(uniform(rng)); });
+    fill(bias, vocab, [&] { return static_cast<double>(uniform(rng)); });
+    fill(class_weights, vocab, [&] { return uniform(rng); });
+    fill(token_weights, seq + heads, [&] { return uniform(rng); });
+    rows.resize(static_cast<size_t>(heads * seq));
+    for (size_t r = 0; r < rows.size(); ++r) rows[r] = static_cast<int64_t>(r);
+    std::reverse(rows.begin(), rows.end());  // the row table, not the position, decides where results go
+  }
+
+  double class_weight(int64_t v) const { return opt.class_weights ? class_weights[static_cast<size_t>(v)] : 1.0; }
+
+  // The loss of flat row `row` whose logits are `x`, and d(w loss + u lse)/dx, term by term.
+  Expected expect(const double* x, int64_t row) const {
+    const int64_t head = row / seq, target = labels[static_cast<size_t>(row % seq + 1 + head)];
+    const auto n = static_cast<size_t>(vocab);
+    std::vector<long double> l(n), slope(n);
+    for (size_t v = 0; v < n; ++v) {
+      const long double t = static_cast<long double>(opt.scale) * (x[v] + (opt.bias ? bias[v] : 0.0));
+      l[v] = opt.softcap > 0 ? opt.softcap * std::tanh(t / opt.softcap) : t;
+      slope[v] = opt.scale * (opt.softcap > 0 ? 1 - (l[v] / opt.softcap) * (l[v] / opt.softcap) : 1.0L);
+    }
+    const auto best = std::max_element(l.begin(), l.end());
+    long double sum = 0, weight_sum = 0, smooth = 0;
+    for (size_t v = 0; v < n; ++v) sum += std::exp(l[v] - *best);
+    const long double lse = *best + std::log(sum);
+    for (size_t v = 0; v < n; ++v) {
+      weight_sum += class_weight(static_cast<int64_t>(v));
+      if (opt.smoothing > 0) smooth += class_weight(static_cast<int64_t>(v)) * (lse - l[v]);
+    }
+    const long double share = opt.smoothing / static_cast<long double>(vocab);
+    const long double hard = (1 - opt.smoothing) * class_weight(target);
+    Expected e{
+        static_cast<double>(hard * (lse - l[static_cast<size_t>(target)]) + share * smooth + opt.z_loss * lse * lse),
+        static_cast<double>(lse), static_cast<int>(best - l.begin()), std::vector<double>(n)};
+    long double w = head_scale[static_cast<size_t>(head)];
+    if (opt.token_weights) w *= token_weights[static_cast<size_t>(row % seq + 1 + head)];
+    if (opt.row_scale) w *= row_scale[static_cast<size_t>(row)];
+    const long double u = opt.lse_grad ? lse_grad[static_cast<size_t>(row)] : 0.0;
+    const long double a = w * (hard + share * weight_sum + 2 * opt.z_loss * lse) + u;
+    for (size_t v = 0; v < n; ++v) {
+      const bool is_target = static_cast<int64_t>(v) == target;
+      const long double p = std::exp(l[v] - lse);
+      e.grad[v] = static_cast<double>(
+          (a * p - w * share * class_weight(static_cast<int64_t>(v)) - (is_target ? w * hard : 0.0L)) * slope[v]);
+    }
+    return e;
+  }
+};
+
+template <typename acc_t>
+struct Buffers {
+  std::vector<acc_t> head_scale, row_scale, lse_grad, bias, loss, lse;
+  std::vector<int32_t> predicted;
+  mtp::LossRowsParams<acc_t> params{};
+
+  explicit Buffers(const Problem& p, mtp::Gradient gradient) {
+    const auto narrow = [](const std::vector<double>& x) { return std::vector<acc_t>(x.begin(), x.end()); };
+    head_scale = narrow(p.head_scale), row_scale = narrow(p.row_scale);
+    lse_grad = narrow(p.lse_grad), bias = narrow(p.bias);
+    loss.assign(p.rows.size(), acc_t(-7)), lse = loss;
+    predicted.assign(p.rows.size(), -7);
+    params.vocab_size = p.vocab;
+    params.rows = p.rows.data();
+    params.targets.labels = p.labels.data();
+    params.targets.label_type = mtp::IndexType::kInt64;
+    params.targets.batch = 1;
+    params.targets.seq_len = p.seq;
+    params.targets.label_len = params.targets.label_stride = p.seq + p.heads;
+    params.targets.first_shift = 1;
+    params.targets.ignore_index = -100;
+    params.targets.token_weights = p.opt.token_weights ? p.token_weights.data() : nullptr;
+    params.head_scale = head_scale.data();
+    params.row_scale = p.opt.row_scale ? row_scale.data() : nullptr;
+    params.lse_grad = p.opt.lse_grad ? lse_grad.data() : nullptr;
+    params.bias = p.opt.bias ? bias.data() : nullptr;
+    params.class_weights = p.opt.class_weights ? p.class_weights.data() : nullptr;
+    params.logit_scale = p.opt.scale;
+    params.softcap = p.opt.softcap;
+    double sum = 0;
+    for (int64_t v = 0; v < p.vocab; ++v) sum += p.class_weight(v);
+    params.options = {p.opt.smoothing, p.opt.z_loss, sum, p.vocab};
+    params.gradient = gradient;
+    params.loss = loss.data();
+    params.lse = lse.data();
+    params.predicted = predicted.data();
+  }
+};
+
+// Compares the tables and, where it was written, the gradient `grad(r, v)` of the r-th row in the block.
+template <typename acc_t, typename Grad>
+void compare(const Problem& p, const Buffers<acc_t>& out, double eps, double grad_eps, const Grad& grad) {
+  for (size_t r = 0; r < p.rows.size(); ++r) {
+    const int64_t row = p.rows[r];
+    const Expected e = p.expect(p.logits.data() + static_cast<int64_t>(r) * p.vocab, row);
+    const auto at = static_cast<size_t>(row);
+    CHECK_NEAR(out.loss[at], e.loss, eps * (1 + std::fabs(e.loss)));
+    CHECK_NEAR(out.lse[at], e.lse, eps * (1 + std::fabs(e.lse)));
+    CHECK(out.predicted[at] == e.predicted);
+    if (out.params.gradient == mtp::Gradient::kSkip) continue;
+    double largest = 0;
+    for (const double g : e.grad) largest = std::max(largest, std::fabs(g));
+    for (int64_t v = 0; v < p.vocab; ++v) {
+      const double expected = e.grad[static_cast<size_t>(v)];
+      CHECK_NEAR(grad(r, v), expected, grad_eps * std::fabs(expected) + eps * largest);
+    }
+  }
+}
+
+void run_float32(const Problem& p, mtp::CpuCapability isa, mtp::Gradient gradient) {
+  Buffers<float> out(p, gradient);
+  const int64_t stride = p.vocab + 3;  // rows need not be adjacent; what lies between them must stay
+  std::vector<float> logits(p.rows.size() * static_cast<size_t>(stride), -12345.0f);
+  for (size_t r = 0; r < p.rows.size(); ++r)
+    std::copy_n(p.logits.begin() + static_cast<int64_t>(r) * p.vocab, p.vocab,
+                logits.begin() + static_cast<int64_t>(r) * stride);
+  out.params.logits = logits.data();
+  out.params.row_stride = stride;
+  out.params.dtype = mtp::DType::kFloat32;
+  const auto rows = static_cast<int64_t>(p.rows.size());
+  mtp::loss_rows_kernel(isa)(out.params, 0, rows / 2);  // two ranges, as two threads would
+  mtp::loss_rows_kernel(isa)(out.params, rows / 2, rows);
+  compare(p, out, 1e-6, 2e-5, [&](size_t r, int64_t v) { return logits[r * static_cast<size_t>(stride) + v]; });
+  for (size_t r = 0; r < p.rows.size(); ++r)
+    for (int64_t v = p.vocab; v < stride; ++v) CHECK(logits[r * static_cast<size_t>(stride) + v] == -12345.0f);
+}
+
+void run_bfloat16(const Problem& p, mtp::CpuCapability isa) {
+  Buffers<float> out(p, mtp::Gradient::kWrite);
+  std::vector<mtp::BFloat16Bits> logits;
+  for (const double x : p.logits) logits.push_back(mtp::to_bfloat16(static_cast<float>(x)));
+  out.params.logits = logits.data();
+  out.params.row_stride = p.vocab;
+  out.params.dtype = mtp::DType::kBFloat16;
+  mtp::loss_rows_kernel(isa)(out.params, 0, static_cast<int64_t>(p.rows.size()));
+  compare(p, out, 1e-6, 0.004, [&](size_t r, int64_t v) {  // one rounding to 8 bits: 2^-9 = 0.002, and twice that
+    return mtp::to_float(logits[r * static_cast<size_t>(p.vocab) + static_cast<size_t>(v)]);
+  });
+}
+
+// The row in two shards, combined as a caller over processes would, equals the row at once.
+void run_sharded(const Problem& p, mtp::CpuCapability isa, int64_t split) {
+  Buffers<float> out(p, mtp::Gradient::kWrite);
+  const size_t rows = p.rows.size();
+  const int64_t widths[] = {split, p.vocab - split}, starts[] = {0, split};
+  std::vector<float> shards[2];
+  std::vector<double> statistics[2], local_max[2];
+  const auto run = [&](int i, mtp::Stage stage) {
+    auto params = out.params;
+    params.stage = stage;
+    params.dtype = mtp::DType::kFloat32;
+    params.vocab_size = params.row_stride = widths[i];
+    params.vocab_start = starts[i];
+    params.logits = shards[i].data();
+    params.statistics = statistics[i].data();
+    params.local_max = local_max[i].data();
+    if (params.bias != nullptr) params.bias += starts[i];
+    if (params.class_weights != nullptr) params.class_weights += starts[i];
+    mtp::loss_rows_kernel(isa)(params, 0, static_cast<int64_t>(rows));
+  };
+  for (int i = 0; i < 2; ++i) {
+    for (size_t r = 0; r < rows; ++r)
+      for (int64_t v = 0; v < widths[i]; ++v)
+        shards[i].push_back(
+            static_cast<float>(p.logits[r * static_cast<size_t>(p.vocab) + static_cast<size_t>(starts[i] + v)]));
+    statistics[i].resize(rows * mtp::kRowStatistics);
+    local_max[i].resize(rows);
+    run(i, mtp::Stage::kStatistics);
+  }
+  for (size_t r = 0; r < rows; ++r) {
+    double* a = statistics[0].data() + r * mtp::kRowStatistics;
+    double* b = statistics[1].data() + r * mtp::kRowStatistics;
+    const double max = std::max(a[0], b[0]);
+    a[1] = a[1] * std::exp(a[0] - max) + b[1] * std::exp(b[0] - max);
+    for (const int field : {2, 3, 4}) a[field] += b[field];
+    a[5] = a[0] >= b[0] ? a[5] : b[5];
+    a[0] = max;
+    std::copy_n(a, mtp::kRowStatistics, b);
+  }
+  for (int i = 0; i < 2; ++i) run(i, mtp::Stage::kGradient);
+  compare(p, out, 1e-6, 2e-5, [&](size_t r, int64_t v) {
+    const int i = v < split ? 0 : 1;
+    return shards[i][r * static_cast<size_t>(widths[i]) + static_cast<size_t>(v - starts[i])];
+  });
+}
+
+void run_float64(const Problem& p) {
+  Buffers<double> out(p, mtp::Gradient::kWrite);
+  std::vector<double> logits = p.logits;
+  out.params.logits = logits.data();
+  out.params.row_stride = p.vocab;
+  out.params.dtype = mtp::DType::kFloat64;
+  mtp::loss_rows_double(out.params, 0, static_cast<int64_t>(p.rows.size()));
+  compare(p, out, 1e-13, 1e-12, [&](size_t r, int64_t v) { return logits[r * static_cast<size_t>(p.vocab) + v]; });
+}
+
+std::vector<mtp::CpuCapability> available() {
+  std::vector<mtp::CpuCapability> all{mtp::CpuCapability::kPlain};
+  if (mtp::cpu_capability() >= mtp::CpuCapability::kAvx2) all.push_back(mtp::CpuCapability::kAvx2);
+  if (mtp::cpu_capability() >= mtp::CpuCapability::kAvx512) all.push_back(mtp::CpuCapability::kAvx512);
+  return all;
+}
+
+std::vector<Options> option_sets() {
+  Options smoothing, everything, capped, affine, weighted;
+  smoothing.smoothing = 0.1, smoothing.z_loss = 1e-3;
+  capped.softcap = 5.0;
+  affine.scale = 0.5, affine.bias = true;
+  weighted.class_weights = weighted.token_weights = weighted.row_scale = weighted.lse_grad = true;
+  everything = weighted;
+  everything.smoothing = 0.2, everything.z_loss = 1e-2, everything.softcap = 8.0, everything.scale = 1.5;
+  everything.bias = true;
+  return {Options{}, smoothing, capped, affine, weighted, everything};
+}
+
+// Numbers that a careless kernel gets wrong: a certain target, -inf, NaN, a row of one class.
+void run_extremes(mtp::CpuCapability isa) {
+  const auto grads_of = [&](std::vector<double> logits, int64_t target, double* loss) {
+    Problem p(static_cast<int64_t>(logits.size()), 1, 1, Options{}, false, 1);
+    p.logits = logits;
+    p.labels = {0, target};
+    p.head_scale = {1.0};
+    Buffers<float> out(p, mtp::Gradient::kWrite);
+    std::vector<float> x(logits.begin(), logits.end());
+    out.params.logits = x.data();
+    out.params.row_stride = p.vocab;
+    out.params.dtype = mtp::DType::kFloat32;
+    mtp::loss_rows_kernel(isa)(out.params, 0, 1);
+    *loss = out.loss[0];
+    return x;
+  };
+  double loss;
+  std::vector<double> certain(1000, 0.0);
+  certain[17] = 25.0;  // 1 - p_y = 999 e^-25 = 1.4e-8: rounding p_y to float32 would lose it altogether
+  const double rest = 999 * std::exp(-25.0);
+  std::vector<float> g = grads_of(certain, 17, &loss);
+  CHECK_NEAR(loss, std::log1p(rest), 1e-5 * rest);
+  CHECK_NEAR(g[17], -rest / (1 + rest), 1e-5 * rest);
+  g = grads_of({1.0, -kInf, 2.0, -kInf, 0.5}, 0, &loss);
+  CHECK(std::isfinite(loss) && g[1] == 0.0f && g[3] == 0.0f);
+  g = grads_of({1.0, 2.0, -kInf}, 2, &loss);
+  CHECK(loss == kInf && g[2] == -1.0f);
+  g = grads_of({1.0, std::nan(""), 2.0}, 0, &loss);
+  CHECK(std::isnan(loss) && std::isnan(g[0]) && std::isnan(g[2]));
+  g = grads_of({3.0}, 0, &loss);
+  CHECK(loss == 0.0 && g[0] == 0.0f);
+}
+
+}  // namespace
+
+int main() {
+  unsigned seed = 0;
+  for (const mtp::CpuCapability isa : available()) {
+    std::printf("instruction set: %s\n", mtp::capability_name(isa));
+    for (const Options& opt : option_sets())
+      for (const int64_t vocab : {1, 3, 7, 8, 31, 33, 64, 127, 1023, 1024, 1025, 4099}) {
+        run_float32({vocab, 3, 2, opt, false, ++seed}, isa, mtp::Gradient::kWrite);
+        run_bfloat16({vocab, 3, 2, opt, true, ++seed}, isa);
+      }
+    for (const Options& opt : option_sets())
+      for (const int64_t split : {0, 1, 40, 64}) run_sharded({65, 3, 2, opt, false, ++seed}, isa, split);
+    run_float32({515, 2, 3, Options{}, false, ++seed}, isa, mtp::Gradient::kSkip);
+    run_extremes(isa);
+  }
+  for (const Options& opt : option_sets())
+    for (const int64_t vocab : {1, 5, 1025}) run_float64({vocab, 3, 2, opt, false, ++seed});
+  return check::summary();
+}

@@ -3,9 +3,8 @@
 
 STABLE_TORCH_LIBRARY(mtp_ext, m) {
   m.def(
-      "_select_rows(Tensor labels, Tensor? document_ids, Tensor? token_weights, int num_heads, int seq_len, int "
-      "first_shift, "
-      "int ignore_index, int vocab_size) -> (Tensor rows, Tensor counts, Tensor first_invalid)");
+      "_select_rows(Tensor labels, Tensor? document_ids, Tensor? token_weights, int num_heads, int seq_len, "
+      "int first_shift, int ignore_index, int vocab_size) -> (Tensor rows, Tensor counts, Tensor first_invalid)");
   m.def(
       "_loss_rows_(Tensor(a!) logits, Tensor rows, Tensor labels, Tensor head_scale, Tensor? row_scale, "
       "Tensor? lse_grad, Tensor? token_weights, Tensor? class_weights, Tensor? bias, int seq_len, int first_shift, "

@@ -43,8 +43,6 @@ class RowArguments:
         checks.check_grad_weight_out(self.grad_weight_out, weight)
         if self.reduction not in reductions:
             raise ValueError(f"reduction must be one of {', '.join(reductions)}, got {self.reduction!r}")
-        if self.group is not None:
-            raise NotImplementedError("group: no vocabulary-parallel loss yet; gather weight and leave group out")
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,7 @@ class LossCall:
             "compute_dtype": self.compute_dtype,
             "chunk_rows": row.chunk_rows,
             "workspace_bytes": row.workspace_bytes,
+            "group": row.group,
         }
         return HeadLossAccumulator(self.labels, weight, **(keywords | overrides))
 

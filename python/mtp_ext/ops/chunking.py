@@ -57,10 +57,12 @@ class ChunkGemms:
     Args:
         weight: ``[V, D]``.
         compute_dtype: What the operands are rounded to (the autocast dtype, or the inputs' own).
+        full_precision_logits: Never hold logits in 16 bits.
     """
 
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, *, full_precision_logits: bool = False) -> None:
         native_16_bit = weight.device.type != "cpu" or (compute_dtype == torch.bfloat16 and has_fast_bfloat16_gemm())
+        native_16_bit = native_16_bit and not full_precision_logits
         self.widens = compute_dtype.itemsize == 2 and not native_16_bit
         self.compute_dtype = compute_dtype
         self.logits_dtype = torch.float32 if self.widens else compute_dtype
@@ -84,6 +86,8 @@ class ChunkGemms:
         """``out[c, d] = sum_v grad_logits[c, v] weight[v, d]``."""
         if not self.widens:
             return torch.mm(grad_logits, self.weight, out=out)
+        if not self._tiles:  # an empty shard of the vocabulary
+            return out.zero_()
         for i, tile in enumerate(self._tiles):
             torch.addmm(out, grad_logits[:, tile], self._widened(tile), beta=float(i > 0), out=out)
         return out

@@ -17,6 +17,7 @@ from mtp_ext.ops.chunking import ChunkGemms
 from mtp_ext.ops.result import MultiTokenLoss
 from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, select_rows
 from mtp_ext.ops.row_loop import Gradients, RowLoop, RowSelection
+from mtp_ext.ops.vocabulary_shard import VocabularyShard
 
 
 class HeadLossAccumulator:
@@ -46,6 +47,8 @@ class HeadLossAccumulator:
         compute_dtype: What hidden states and weight are rounded to before they are multiplied; default their own.
         row_scale, lse_grad: ``[n * B * S]``, an incoming gradient per flat row, of its loss and of its log-sum-exp.
         grad_weight_out: Buffer of ``weight``'s shape, float32, that the weight's gradient is added to.
+        group: Process group over which the vocabulary is sharded: ``weight``, ``bias`` and ``class_weights`` hold this
+            rank's classes (in rank order), everything else is the same on every rank.
         chunk_rows, workspace_bytes: See :func:`mtp_ext.ops.chunking.chunk_size`.
 
     Raises:
@@ -78,6 +81,7 @@ class HeadLossAccumulator:
         grad_weight_out: Tensor | None = None,
         chunk_rows: int | None = None,
         workspace_bytes: int | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         self.n_heads, self.seq_len, self.first_shift = n_heads, seq_len, first_shift
         self.weight = weight.detach()
@@ -93,7 +97,8 @@ class HeadLossAccumulator:
             seq_len,
             first_shift,
         )
-        vocab_size = weight.shape[-2]
+        self.shard = None if group is None else VocabularyShard.of(weight.shape[-2], group, weight.device)
+        vocab_size = weight.shape[-2] if self.shard is None else self.shard.total
         rows, self.n_valid, first_invalid = select_rows(
             targets, n_heads, ignore_index=ignore_index, vocab_size=vocab_size
         )
@@ -115,10 +120,11 @@ class HeadLossAccumulator:
             self.head_scale,
             RowTables.zeros(n_heads * targets.rows_per_head, self.acc_dtype, labels.device),
             class_weights=self.class_weights,
-            class_weight_sum=float(vocab_size if self.class_weights is None else self.class_weights.double().sum()),
+            class_weight_sum=self._class_weight_sum(vocab_size),
             bias=None if bias is None else bias.detach().to(self.acc_dtype).contiguous(),
             row_scale=None if row_scale is None else row_scale.to(self.acc_dtype).contiguous(),
             lse_grad=None if lse_grad is None else lse_grad.to(self.acc_dtype).contiguous(),
+            shard=self.shard,
             chunk_rows=chunk_rows,
             workspace_bytes=workspace_bytes,
         )
@@ -128,7 +134,9 @@ class HeadLossAccumulator:
             self._grad_weight_is_empty = weight.dim() == 2
             make = torch.empty if self._grad_weight_is_empty else torch.zeros
             self._grad_weight = make(weight.shape, dtype=self.acc_dtype, device=weight.device)
-        self.grad_bias = torch.zeros(vocab_size, dtype=self.acc_dtype, device=weight.device) if need_grad_bias else None
+        self.grad_bias = (
+            torch.zeros(weight.shape[-2], dtype=self.acc_dtype, device=weight.device) if need_grad_bias else None
+        )
         self._shared_gemms: ChunkGemms | None = None
 
     def add(self, head: int, hidden: Tensor) -> Tensor | None:
@@ -211,10 +219,11 @@ class HeadLossAccumulator:
         return [range(a, b) for a, b in zip(starts, [*starts[1:], self.n_heads], strict=True)]
 
     def _gemms_of(self, head: int) -> ChunkGemms:
+        sharded = self.shard is not None
         if self.weight.dim() == 3:
-            return ChunkGemms(self.weight[head], self.compute_dtype)
+            return ChunkGemms(self.weight[head], self.compute_dtype, full_precision_logits=sharded)
         if self._shared_gemms is None:
-            self._shared_gemms = ChunkGemms(self.weight, self.compute_dtype)
+            self._shared_gemms = ChunkGemms(self.weight, self.compute_dtype, full_precision_logits=sharded)
         return self._shared_gemms
 
     def _grad_weight_of(self, head: int) -> Tensor | None:
@@ -247,6 +256,22 @@ class HeadLossAccumulator:
         column = in_head - b * self.seq_len + self.first_shift + head
         return table[b, column]
 
+    def _class_weight_sum(self, vocab_size: int) -> float:
+        if self.class_weights is None:
+            return float(vocab_size)
+        total = self.class_weights.double().sum()
+        return float(total if self.shard is None else self.shard.sum_(total))
+
+    def _class_weights_of(self, targets: Tensor) -> Tensor:
+        """``class_weights[targets]``, wherever the class is held."""
+        assert self.class_weights is not None
+        if self.shard is None:
+            return self.class_weights[targets]
+        local = targets - self.shard.start
+        held = (local >= 0) & (local < self.shard.size)
+        padded = torch.cat([self.class_weights, self.class_weights.new_zeros(1)])  # a last entry for other shards'
+        return self.shard.sum_(padded[local.where(held, self.shard.size)])
+
     def _denominators(self, normalizer: str | float | Tensor, selection: RowSelection) -> Tensor:
         """``[n]``: what each head's sum is divided by."""
         if isinstance(normalizer, Tensor):
@@ -259,6 +284,6 @@ class HeadLossAccumulator:
         if self._row_weights is not None:
             weights = self._row_weights[selection.rows]
         if self.class_weights is not None:
-            weights = weights * self.class_weights[self._at_targets(self.labels, selection)]
+            weights = weights * self._class_weights_of(self._at_targets(self.labels, selection).long())
         head = selection.rows.div(selection.rows_per_head, rounding_mode="floor")
         return torch.zeros(self.n_heads, dtype=self.acc_dtype, device=self.labels.device).index_add_(0, head, weights)

@@ -97,7 +97,8 @@ def linear_cross_entropy(
         workspace_bytes: The same limit, in bytes of logits.
         grad_weight_out: Float32 buffer of ``weight``'s shape that the gradient is added to as soon as it is formed;
             ``weight`` then gets no gradient.
-        group: Process group over which the vocabulary is sharded.
+        group: Process group: ``weight``, ``bias`` and ``class_weights`` are this rank's shard of the vocabulary, in
+            rank order, of equal or unequal sizes; all else is the same on every rank, and so are the results.
 
     Returns:
         The loss in nats: 0-d, or ``[...]`` for ``"none"``; float32, or float64 for float64 inputs; with
@@ -124,7 +125,7 @@ def linear_cross_entropy(
         grad_weight_out=grad_weight_out,
         group=group,
     )
-    compute_dtype = _check_inputs(hidden, weight, targets, token_weights)
+    compute_dtype = _check_inputs(hidden, weight, targets, token_weights, group is not None)
     row.check(weight, ("mean", "sum", "none"))
     checks.check_backend(hidden.device)
     rows = hidden.reshape(1, 1, -1, hidden.shape[-1])
@@ -155,13 +156,15 @@ def linear_cross_entropy(
     return total.to(losses.dtype), lse
 
 
-def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None) -> torch.dtype:
+def _check_inputs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, sharded: bool
+) -> torch.dtype:
     """Checks what has a shape, and returns the dtype of the GEMMs' operands."""
     checks.check_tensor("hidden", hidden, dtypes=checks.FLOAT_DTYPES, shape="[..., D]")
     if hidden.dim() == 0:
         raise ValueError(f"hidden must be [..., D], got {checks.describe(hidden)}")
     checks.check_tensor("weight", weight, dtypes=checks.FLOAT_DTYPES, shape="[V, D]", device=hidden.device)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or (weight.shape[0] == 0 and not sharded):
         raise ValueError(
             f"weight must be [V, D] with V >= 1 and D = {hidden.shape[-1]} of hidden, got {checks.describe(weight)}"
         )

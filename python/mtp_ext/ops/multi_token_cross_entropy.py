@@ -120,7 +120,8 @@ def multi_token_cross_entropy(
         workspace_bytes: The same limit, in bytes of logits.
         grad_weight_out: Float32 buffer of ``weight``'s shape that the gradient is added to as soon as it is formed;
             ``weight`` then gets no gradient.
-        group: Process group over which the vocabulary is sharded.
+        group: Process group: ``weight``, ``bias`` and ``class_weights`` are this rank's shard of the vocabulary, in
+            rank order, of equal or unequal sizes; all else is the same on every rank, and so are the results.
 
     Returns:
         :class:`MultiTokenLoss`; only ``loss`` is differentiable, once, in ``hidden``, ``weight``, ``bias`` and
@@ -135,7 +136,7 @@ def multi_token_cross_entropy(
     heads = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
     n_heads, seq_len = _check_hidden(heads, stacked, labels)
     autocast = autocast_dtype(heads[0])
-    _check_weight(heads[0], weight, n_heads, autocast is not None)
+    _check_weight(heads[0], weight, n_heads, autocast is not None, group is not None)
     _check_like_labels(labels, document_ids, token_weights)
     row = RowArguments(
         bias=bias,
@@ -201,14 +202,14 @@ def _check_hidden(heads: tuple[Tensor, ...], stacked: bool, labels: Tensor) -> t
     return n_heads, seq_len
 
 
-def _check_weight(hidden: Tensor, weight: Tensor, n_heads: int, autocast: bool) -> None:
+def _check_weight(hidden: Tensor, weight: Tensor, n_heads: int, autocast: bool, sharded: bool) -> None:
     checks.check_tensor("weight", weight, dtypes=checks.FLOAT_DTYPES, shape="[V, D]", device=hidden.device)
     width = hidden.shape[-1]
     if weight.dim() not in (2, 3) or weight.shape[-1] != width or weight.shape[:-2] not in ((), (n_heads,)):
         raise ValueError(
             f"weight must be [V, D] or [n, V, D] with n = {n_heads}, D = {width}, got {checks.describe(weight)}"
         )
-    if weight.shape[-2] == 0:
+    if weight.shape[-2] == 0 and not sharded:
         raise ValueError(f"weight must have at least one class, got {checks.describe(weight)}")
     checks.check_same_dtype(hidden.dtype, "weight", weight, autocast)
 

@@ -87,6 +87,19 @@ class RowTables:
         return RowTables(loss, lse, torch.full((n_rows,), -1, dtype=torch.int32, device=device))
 
 
+ROW_STATISTICS = 6  # max, sum_others, target_logit, target_class_weight, weighted_sum, argmax (core/row_loss.h)
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """The two-stage form of a chunk whose vocabulary is sharded: see ``Stage`` in ``csrc/cpu/loss_rows.h``."""
+
+    vocab_start: int
+    total_vocab: int
+    statistics: Tensor  # [R, 6] float64
+    local_max: Tensor  # [R] float64
+
+
 def loss_rows_(
     logits: Tensor,
     rows: Tensor,
@@ -101,10 +114,13 @@ def loss_rows_(
     class_weight_sum: float = 0.0,
     bias: Tensor | None = None,
     write_gradient: bool,
+    stage: str = "whole",
+    shard: RowShard | None = None,
 ) -> None:
     """Fills the tables at ``rows`` from ``logits [R, V]``, and overwrites the logits with their gradient if asked.
 
     Without ``write_gradient`` the logits are scratch and left undefined. Shapes are those of ``csrc/cpu/loss_rows.h``.
+    With a ``shard``, stage ``"statistics"`` and then ``"gradient"``; else ``"whole"``.
     """
     torch.ops.mtp_ext._loss_rows_(
         logits,
@@ -127,6 +143,11 @@ def loss_rows_(
         tables.loss,
         tables.lse,
         tables.predicted,
+        stage,
+        0 if shard is None else shard.vocab_start,
+        None if shard is None else shard.total_vocab,
+        None if shard is None else shard.statistics,
+        None if shard is None else shard.local_max,
     )
 
 

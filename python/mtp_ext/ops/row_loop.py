@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed import Work
 
 from mtp_ext.ops.chunking import ChunkGemms, chunk_size
 from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
+from mtp_ext.ops.vocabulary_shard import VocabularyShard
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class RowLoop:
     bias: Tensor | None = None
     row_scale: Tensor | None = None  # [n * B * S], incoming gradient per row
     lse_grad: Tensor | None = None
+    shard: VocabularyShard | None = None
     chunk_rows: int | None = None
     workspace_bytes: int | None = None
     _buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -81,7 +85,7 @@ class RowLoop:
         vocab_size, dtype = gemms.weight.shape[0], gemms.logits_dtype
         size = chunk_size(
             end - begin,
-            vocab_size,
+            vocab_size if self.shard is None else self.shard.largest,
             dtype.itemsize,
             chunk_rows=self.chunk_rows,
             workspace_bytes=self.workspace_bytes,
@@ -92,31 +96,51 @@ class RowLoop:
             rows = self.selection.rows[low:high]
             h = self._gather(low, high, hidden, gemms)
             z = gemms.logits(h, logits[: high - low])
-            loss_rows_(
-                z,
-                rows,
-                self.targets,
-                self.tables,
-                head_scale=self.head_scale,
-                options=self.options,
-                row_scale=self.row_scale,
-                lse_grad=self.lse_grad,
-                class_weights=self.class_weights,
-                class_weight_sum=self.class_weight_sum,
-                bias=self.bias,
-                write_gradient=out is not None,
-            )
+            self._loss(z, rows, write_gradient=out is not None)
             if out is not None:
                 self._products(low, high, z, h, gemms, out)
 
+    def _loss(self, z: Tensor, rows: Tensor, *, write_gradient: bool) -> None:
+        row_pass = partial(
+            loss_rows_,
+            z,
+            rows,
+            self.targets,
+            self.tables,
+            head_scale=self.head_scale,
+            options=self.options,
+            row_scale=self.row_scale,
+            lse_grad=self.lse_grad,
+            class_weights=self.class_weights,
+            class_weight_sum=self.class_weight_sum,
+            bias=self.bias,
+            write_gradient=write_gradient,
+        )
+        if self.shard is None:
+            row_pass()
+            return
+        stage = self.shard.stage(len(rows), z.device)
+        row_pass(stage="statistics", shard=stage)
+        self.shard.combine_(stage.statistics)
+        row_pass(stage="gradient", shard=stage)
+
     def _products(self, low: int, high: int, z: Tensor, h: Tensor, gemms: ChunkGemms, out: Gradients) -> None:
-        if any(g is not None for g in out.hidden):
-            self._scatter_grad_hidden(low, high, z, gemms, out.hidden)
+        need_hidden = any(g is not None for g in out.hidden)
+        pending: Work | None = None
+        if need_hidden:
+            grad, in_place = self._grad_hidden(low, high, z, gemms, out.hidden)
+            if self.shard is not None:
+                pending = self.shard.sum_async_(grad)  # overlaps with the weight's product below
         if out.weight is not None:
             gemms.add_grad_weight(z, h, out.weight, accumulate=not out.weight_is_empty)
             out.weight_is_empty = False
         if out.bias is not None:
             out.bias += z.sum(0, dtype=out.bias.dtype)
+        if need_hidden:
+            if pending is not None:
+                pending.wait()
+            if not in_place:
+                self._scatter(low, high, grad, out.hidden)
 
     def _gather(self, low: int, high: int, hidden: Sequence[Tensor | None], gemms: ChunkGemms) -> Tensor:
         """The chunk's rows as a GEMM operand ``[C, D]``; a view where they are consecutive and need no conversion."""
@@ -134,23 +158,27 @@ class RowLoop:
         assert buffer is not None, "a chunk has at least one row"
         return buffer
 
-    def _scatter_grad_hidden(
+    def _grad_hidden(
         self, low: int, high: int, z: Tensor, gemms: ChunkGemms, grads: Sequence[Tensor | None]
-    ) -> None:
+    ) -> tuple[Tensor, bool]:
+        """The chunk's gradient ``[C, D]``, and whether it was written straight to where it belongs."""
         pieces = list(self.selection.pieces(low, high))
-        first = grads[pieces[0][0]]
-        if len(pieces) == 1 and first is not None and isinstance(pieces[0][2], slice) and first.dtype == z.dtype:
-            gemms.grad_hidden(z, first[pieces[0][2]])
-            return
-        buffer = gemms.grad_hidden(z, self._buffer("grad_hidden", (high - low, gemms.weight.shape[1]), z.dtype))
-        for head, where, index in pieces:
-            grad = grads[head]
-            if grad is None:
+        head, _, index = pieces[0]
+        target = grads[head]
+        if len(pieces) == 1 and target is not None and isinstance(index, slice) and target.dtype == z.dtype:
+            return gemms.grad_hidden(z, target[index]), True
+        buffer = self._buffer("grad_hidden", (high - low, gemms.weight.shape[1]), z.dtype)
+        return gemms.grad_hidden(z, buffer), False
+
+    def _scatter(self, low: int, high: int, grad: Tensor, grads: Sequence[Tensor | None]) -> None:
+        for head, where, index in self.selection.pieces(low, high):
+            target = grads[head]
+            if target is None:
                 continue
             if isinstance(index, slice):
-                grad[index] = buffer[where].to(grad.dtype)
+                target[index] = grad[where].to(target.dtype)
             else:
-                grad.index_copy_(0, index, buffer[where].to(grad.dtype))
+                target.index_copy_(0, index, grad[where].to(target.dtype))
 
     def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Memory that the chunks share; grown where a later range has larger chunks."""

@@ -1,0 +1,77 @@
+"""What a result depends on besides the code: the ``env`` block of every benchmark file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The machine, the software and the command behind a measurement on ``device`` ("cpu" or "cuda")."""
+    from mtp_ext import _C
+
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": _git("status", "--porcelain", "--untracked-files=no") != "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "build": _C.build_info(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu_state() if device == "cuda" else None,
+    }
+
+
+def gpu_state() -> dict[str, Any]:
+    """Name, driver, clocks (MHz) and throttle reasons of the current CUDA device; no clocks without nvidia-ml-py."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    state: dict[str, Any] = {"name": properties.name, "memory_bytes": properties.total_memory}
+    try:
+        import pynvml
+    except ImportError:
+        return state | {"note": "no clocks: install nvidia-ml-py"}
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        return state | {
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+            "throttle_reasons": hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+        }
+    except pynvml.NVMLError as error:
+        return state | {"note": f"no clocks: {error}"}
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else Path(sys.argv[0]).stem
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

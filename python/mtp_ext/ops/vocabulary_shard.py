@@ -1,0 +1,68 @@
+"""A vocabulary sharded over a process group: each rank holds some rows of the unembedding, all the same hidden rows.
+
+Per chunk of rows, whatever the number of heads: one all-gather of six numbers a row, and one all-reduce of the hidden
+states' gradient. Every rank combines the gathered numbers in the same order, so all hold bitwise the same loss.
+(Megatron-LM, arXiv 1909.08053, section 3; here without the logits.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtp_ext.ops.row_kernels import ROW_STATISTICS, RowShard
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """This rank's classes ``[start, start + size)`` of ``total``."""
+
+    group: dist.ProcessGroup
+    start: int
+    size: int
+    total: int
+    largest: int  # the largest shard of the group: what chunks are sized by, so that all ranks cut the same chunks
+
+    @staticmethod
+    def of(size: int, group: dist.ProcessGroup, device: torch.device) -> VocabularyShard:
+        """Learns the other ranks' shard sizes (one small all-gather)."""
+        own = torch.tensor([size], dtype=torch.int64, device=device)
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own, group=group)
+        sizes = [int(s) for s in torch.cat(gathered)]
+        return VocabularyShard(group, sum(sizes[: dist.get_rank(group)]), size, sum(sizes), max(sizes))
+
+    def stage(self, n_rows: int, device: torch.device) -> RowShard:
+        """Room for the statistics of a chunk."""
+        return RowShard(
+            self.start,
+            self.total,
+            torch.empty(n_rows, ROW_STATISTICS, dtype=torch.float64, device=device),
+            torch.empty(n_rows, dtype=torch.float64, device=device),
+        )
+
+    def combine_(self, statistics: Tensor) -> None:
+        """Replaces this shard's row statistics ``[C, 6]`` by those of the whole vocabulary."""
+        shards = [torch.empty_like(statistics) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(shards, statistics, group=self.group)
+        gathered = torch.stack(shards)  # [P, C, 6]: max, sum_others, target_logit, class weight, weighted sum, argmax
+        maxima = gathered[..., 0]
+        top = maxima.amax(0)
+        statistics[:, 1] = (gathered[..., 1] * torch.exp(maxima - top)).sum(0)
+        statistics[:, 2:5] = gathered[..., 2:5].sum(0)
+        first = (maxima == top).to(torch.int8).argmax(0)  # of equal maxima the lowest class, as in one process
+        statistics[:, 5] = gathered[..., 5].gather(0, first[None])[0]
+        statistics[:, 0] = top
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """All-reduces ``x`` in place."""
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def sum_async_(self, x: Tensor) -> dist.Work:
+        """Starts to all-reduce ``x`` in place; the caller waits."""
+        work: dist.Work = dist.all_reduce(x, group=self.group, async_op=True)
+        return work

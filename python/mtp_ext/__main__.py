@@ -1,0 +1,8 @@
+"""``python -m mtp_ext`` is ``mtp``."""
+
+import sys
+
+from mtp_ext.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

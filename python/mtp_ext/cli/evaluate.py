@@ -1,0 +1,101 @@
+"""``mtp evaluate``: measures a trained model on held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+
+from mtp_ext.train.data import Dataset, prepare_data
+from mtp_ext.train.device import choose_compute
+from mtp_ext.train.evaluate import evaluate
+from mtp_ext.train.report import accept_line, evaluation_table, facts_table
+from mtp_ext.train.run import default_cache
+from mtp_ext.train.saved_model import TOKENIZER_DIRECTORY, SavedModel, load_saved_model
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Measure a trained model: loss and top-1 of each head, accept length.
+
+    The default is the validation split of its own training, in the order and the batches of the validation at the end
+    of the run: the same numbers.
+    """
+
+    checkpoint: Path
+    """Directory of a checkpoint, or of a run (its latest checkpoint)."""
+    source: tuple[str, ...] | None = None
+    """Measure on all of these files, directories or globs instead."""
+    split: Literal["validation", "train"] = "validation"
+    """Which side of the training corpus to measure on, without --source."""
+    batches: int = 0
+    """Most batches, spread evenly over the split; 0 takes all."""
+    json: bool = False
+    """Print the numbers as JSON."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] | None = None
+    """Precision of the matrix products (default: as in training)."""
+    cache: Path | None = None
+    """Directory of tokenised corpora (default: as in training)."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    command = tyro.cli(EvaluateCommand, args=list(arguments), prog="mtp evaluate")
+    if command.batches < 0:
+        raise ValueError(f"batches must be at least 0, got {command.batches}")
+    compute = choose_compute(command.device)
+    saved = load_saved_model(command.checkpoint, compute.device)
+    compute = choose_compute(command.device, command.precision or saved.config.precision)
+    evaluation = evaluate(
+        saved.model,
+        prepare(command, saved),
+        compute,
+        seq_len=saved.config.batch.seq_len,
+        batch_size=saved.config.evaluation.batch_size,
+        batches=command.batches,
+        split=command.split,
+        schedule=saved.config.loss.schedule,
+        head_weights=saved.config.loss.head_weights,
+    )
+    if command.json:
+        print(json.dumps({"checkpoint": str(saved.checkpoint.path), **evaluation.as_dict()}, indent=2))
+        return 0
+    console = Console()
+    title = f"{command.split} split".capitalize() if command.source is None else "Given source"
+    console.print(evaluation_table(evaluation, title))
+    facts = [accept_line(evaluation), ("tokens", f"{evaluation.n_tokens:,}")]
+    console.print(facts_table([*facts, ("checkpoint", str(saved.checkpoint.path))]))
+    return 0
+
+
+def prepare(command: EvaluateCommand, saved: SavedModel) -> Dataset:
+    """The corpus to measure on, in the model's own tokens.
+
+    Raises:
+        ValueError: The training corpus is not what it was when the model was trained.
+    """
+    cache = command.cache or saved.config.cache or default_cache()
+    if command.source is None:
+        dataset = prepare_data(saved.config.data, cache)
+        if dataset.tokenizer.fingerprint != saved.tokenizer.fingerprint:
+            raise ValueError(
+                "checkpoint: its corpus gives another tokenizer now: files of data.source were changed, added or "
+                "removed since it was trained; pass --source to measure on other text"
+            )
+        return dataset
+    config = dataclasses.replace(
+        saved.config.data,
+        source=command.source,
+        exclude=None,
+        tokenizer=str(saved.checkpoint.path / TOKENIZER_DIRECTORY),
+        validation_fraction=1.0 if command.split == "validation" else 0.0,
+    )
+    return prepare_data(config, cache)

@@ -1,0 +1,88 @@
+"""``mtp train``: trains a model, or continues a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from mtp_ext.train.checkpoint import Checkpoint
+from mtp_ext.train.config import DEFAULT_MAX_SECONDS, TrainConfig
+from mtp_ext.train.config_file import read_config, read_toml
+from mtp_ext.train.resume import check_same_run, find_checkpoint
+from mtp_ext.train.run import train
+
+LIMITS = ("max_steps", "max_seconds", "max_tokens")
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a multi-token prediction model, or continue a run.
+
+    Without options: a 4-token model on the source of Python's standard library, in 300 seconds. The run ends at the
+    first of its limits. Options here override those of --config, which override those of the checkpoint of --resume.
+    """
+
+    config: Path | None = None
+    """A TOML file of these options, as every run writes one (config.toml)."""
+    resume: str | None = None
+    """Continue a run: its directory, one of its checkpoints, or "auto", the newest run (a new one if there is none)."""
+    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    config, checkpoint = parse(arguments)
+    console = Console()
+    if checkpoint is not None:
+        for change in check_same_run(read_config(checkpoint.path), config):
+            console.print(f"changed on resuming: {change}", highlight=False, markup=False, soft_wrap=True)
+    outcome = train(config, checkpoint, console)
+    received = outcome.ending.received
+    return 0 if received is None else 128 + received
+
+
+def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Checkpoint | None]:
+    """The run that the arguments mean, and where to continue.
+
+    Limits belong together: the command line's replace the file's, and those replace the checkpoint's, so that
+    ``--max-steps 100`` alone means 100 steps however long they take.
+
+    Raises:
+        ValueError: The file or the checkpoint cannot be read, or the file holds an unknown key or a wrong value.
+        SystemExit: The command line is wrong (2), or asks for help (0).
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--resume")
+    first.add_argument("--out", type=Path)
+    early, _ = first.parse_known_args(list(arguments))
+
+    checkpoint = None if early.resume is None else find_checkpoint(early.resume, early.out)
+    saved = TrainConfig() if checkpoint is None else dataclasses.replace(read_config(checkpoint.path), out=None)
+    layers = [saved]
+    if early.config is not None:
+        layers.append(read_toml(early.config, _without_limits(saved)))
+    defaults = TrainCommand(early.config, early.resume, _without_limits(layers[-1]))
+    command = tyro.cli(TrainCommand, default=defaults, args=list(arguments), prog="mtp train")
+    layers.append(command.run)
+    return _with_limits(command.run, layers), checkpoint
+
+
+def _without_limits(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, max_steps=None, max_seconds=None, max_tokens=None)
+
+
+def _with_limits(config: TrainConfig, layers: list[TrainConfig]) -> TrainConfig:
+    """``config`` with the limits of the last layer that has any, or the default limit."""
+    for layer in reversed(layers):
+        limits = {name: getattr(layer, name) for name in LIMITS}
+        if any(limit is not None for limit in limits.values()):
+            return dataclasses.replace(config, **limits)
+    return dataclasses.replace(config, max_seconds=DEFAULT_MAX_SECONDS)

@@ -1,0 +1,132 @@
+"""Causal grouped-query attention that does not cross documents, and what all layers of a forward share for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_ext.nn.config import MTPConfig
+from mtp_ext.nn.kv_cache import KVCache
+from mtp_ext.nn.rotary import rotate, rotation
+
+# Documents shorter than this, on average, attend through a mask rather than one call each: at 64 tokens, one call a
+# document and the masked call over the row take the same time.
+_MIN_MEAN_SEGMENT = 64
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """Positions and visibility of one forward, built once and read by every attention layer of trunk and heads.
+
+    Rotary positions count from the start of the row, not of the document: attention within a document sees differences
+    of positions alone, so a restart would change nothing.
+    """
+
+    turns: Tensor  # rotary, [S, 1, head_dim / 2] or [B, S, 1, head_dim / 2]
+    mask: Tensor | None = None  # [B or 1, 1, S, L] bool, True where the query sees the key; None: causal
+    segments: list[int] | None = None  # lengths of the documents, over the B * S tokens in order
+    cache: KVCache | None = None
+    positions: Tensor | None = None  # of the new tokens in the cache
+
+    @staticmethod
+    def of_sequences(
+        config: MTPConfig, seq_len: int, document_ids: Tensor | None, device: torch.device, dtype: torch.dtype
+    ) -> AttentionContext:
+        """The context of whole sequences (training).
+
+        Args:
+            config: The model's.
+            seq_len: ``S``.
+            document_ids: ``[B, S]`` integers; tokens see earlier ones of the same id. None: one document a row.
+            device, dtype: Those of the activations.
+        """
+        turns = rotation(torch.arange(seq_len, device=device), config.head_dim, config.rope_theta, dtype)
+        if document_ids is None or seq_len == 0:
+            return AttentionContext(turns)
+        if device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, looking would be a synchronisation
+            lengths = document_lengths(document_ids)
+            if lengths is not None and len(lengths) == document_ids.shape[0]:
+                return AttentionContext(turns)
+            if lengths is not None and len(lengths) * _MIN_MEAN_SEGMENT <= document_ids.numel():
+                return AttentionContext(turns, segments=lengths)
+        causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril_()
+        same = document_ids[:, :, None] == document_ids[:, None, :]
+        return AttentionContext(turns, mask=(same & causal)[:, None])
+
+    @staticmethod
+    def of_cached(
+        config: MTPConfig, n_new: int, cache: KVCache, device: torch.device, dtype: torch.dtype
+    ) -> AttentionContext:
+        """The context of ``n_new`` tokens a row that follow those in ``cache`` (generation)."""
+        positions = cache.positions(n_new, device)
+        turns = rotation(positions, config.head_dim, config.rope_theta, dtype)
+        mask = None
+        # Without a mask: the first tokens, whose right padding no query sees, and a single one, which sees all.
+        if cache.max_length > 0 and not (n_new == 1 and cache.is_uniform):
+            keys = torch.arange(cache.max_length + n_new, device=device)
+            mask = (keys <= positions[..., None]).view(-1, 1, n_new, len(keys))
+        return AttentionContext(turns, mask=mask, cache=cache, positions=positions)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of ``q [B, S, H, d]`` to ``k, v [B, L, H_kv, d]``: ``[B, S, H, d]``."""
+        if self.segments is None:
+            return _attend(q, k, v, mask=self.mask, is_causal=self.mask is None and q.shape[1] == k.shape[1])
+        q_parts, k_parts, v_parts = (torch.split(x.flatten(0, 1)[None], self.segments, dim=1) for x in (q, k, v))
+        parts = [_attend(*qkv, mask=None, is_causal=True) for qkv in zip(q_parts, k_parts, v_parts, strict=True)]
+        return torch.cat(parts, dim=1).view(q.shape)
+
+
+def document_lengths(document_ids: Tensor) -> list[int] | None:
+    """Lengths of the runs of equal ids in ``[B, S]``, row after row; None if an id comes back within a row."""
+    batch, seq_len = document_ids.shape
+    starts = torch.ones(batch, seq_len, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    first = starts.flatten().nonzero().flatten()
+    lengths: list[int] = torch.diff(first, append=torch.tensor([batch * seq_len])).tolist()
+    if len(lengths) > batch:
+        runs = torch.stack([first // seq_len, document_ids.flatten()[first]])
+        if len(torch.unique(runs, dim=1)[0]) < len(lengths):
+            return None
+    return lengths
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, is_causal: bool) -> Tensor:
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=is_causal,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return y.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions; ``n_kv_heads`` groups of query heads share keys and values.
+
+    Args:
+        config: The model's.
+        layer: The layer's number in the key-value cache.
+    """
+
+    def __init__(self, config: MTPConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads, self.kv_heads, self.head_dim = config.n_attn_heads, config.kv_heads, config.head_dim
+        self.qkv = nn.Linear(config.d_model, (self.n_heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """``[B, S, D] -> [B, S, D]``."""
+        turned, kept = self.n_heads + self.kv_heads, self.kv_heads
+        qkv = torch.unflatten(self.qkv(x), -1, (turned + kept, self.head_dim))
+        qk, v = torch.split(qkv, [turned, kept], dim=2)
+        q, k = torch.split(rotate(qk, context.turns), [self.n_heads, self.kv_heads], dim=2)
+        if context.cache is not None and context.positions is not None:
+            k, v = context.cache.write(self.layer, k, v, context.positions)
+        y: Tensor = self.out(context.attend(q, k, v).flatten(2))
+        return y

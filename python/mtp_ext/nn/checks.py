@@ -1,0 +1,32 @@
+"""Checks of what a user gives a model. Ranges of values are looked at on the CPU only, where it costs nothing."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mtp_ext.nn.config import MTPConfig
+from mtp_ext.ops.checks import INDEX_DTYPES, check_tensor, describe
+
+
+def check_tokens(tokens: Tensor, config: MTPConfig, *, past: int = 0) -> None:
+    """``[B, S]`` token ids that, after ``past`` cached ones, fit the model."""
+    check_tensor("tokens", tokens, dtypes=INDEX_DTYPES, shape="[B, S]")
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens must be [B, S], got {describe(tokens)}")
+    if past + tokens.shape[1] > config.max_seq_len:
+        before = f" after {past} cached ones" if past else ""
+        raise ValueError(f"tokens must be at most max_seq_len={config.max_seq_len} long, got {tokens.shape[1]}{before}")
+    if tokens.device.type == "cpu" and tokens.numel() > 0:
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(f"tokens must be in [0, {config.vocab_size}), got values from {low} to {high}")
+
+
+def check_document_ids(document_ids: Tensor, tokens: Tensor) -> None:
+    """``[B, S']`` with the rows and at least the columns of ``tokens [B, S]``."""
+    check_tensor("document_ids", document_ids, dtypes=INDEX_DTYPES, shape="[B, S']", device=tokens.device)
+    batch, seq_len = tokens.shape[:2]
+    if document_ids.dim() != 2 or document_ids.shape[0] != batch or document_ids.shape[1] < seq_len:
+        raise ValueError(
+            f"document_ids must be [B, S'] with B = {batch} and S' >= S = {seq_len}, got {describe(document_ids)}"
+        )

@@ -1,0 +1,216 @@
+"""The shape of a multi-token prediction model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mtp_ext.nn.presets import PRESETS
+
+VARIANTS = ("parallel", "linear", "replicated", "causal", "anticausal")
+IMPLEMENTED_VARIANTS = ("parallel",)
+# Variants whose heads are transformer layers, taken from the trunk; the others leave all layers to the trunk.
+_TRANSFORMER_HEADS = ("parallel", "causal", "anticausal")
+_FEED_FORWARD_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class MTPConfig:
+    """Sizes and choices of an :class:`mtp_ext.nn.MTPModel`.
+
+    ``n_layers`` counts the transformer layers of the whole model, as the paper does to compare models of equal size
+    (section 2): a model of ``L`` layers has ``L - n_future`` trunk layers and ``n_future`` heads of one layer each, so
+    that ``n_future=1`` is an ordinary model of ``L`` layers. ``L == n_future`` is allowed: the heads then read the
+    embeddings. Heads that are no transformer layers ("linear", "replicated") take none from the trunk.
+
+    Args:
+        vocab_size: ``V``.
+        d_model: ``D``, the width of the trunk.
+        n_layers: Transformer layers in all, trunk and heads.
+        n_attn_heads: Attention heads of a layer; ``d_model / n_attn_heads`` must be even (rotary pairs).
+        n_kv_heads: Key-value heads of grouped-query attention; default ``n_attn_heads``.
+        d_ff: Inner width of the SwiGLU; default ``8/3 * d_model`` rounded up to a multiple of 64.
+        max_seq_len: Longest sequence that the model takes.
+        n_future: ``n``, the number of heads; head ``k`` in ``1..n`` predicts token ``t + k``.
+        variant: Architecture of the heads (paper, Appendix B).
+        tie_embeddings: The unembedding is the embedding (the paper does not tie).
+        shared_final_norm: One final RMSNorm for all heads instead of one each.
+        rope_theta: Base of the rotary frequencies.
+        norm_eps: Added to the mean square in RMSNorm.
+        init_std: Standard deviation of the initial matrices; default ``1 / sqrt(fan_in)``, which keeps unit variance.
+        embed_init_std: That of the embedding. Default 1, the scale that the trunk's layers add to; if tied, that of
+            the unembedding.
+        unembed_init_std: That of the unembedding: small, so that the first loss is close to ``ln V``.
+        residual_init_scale: Factor of ``init_std`` in the matrices that write to the residual stream; default
+            ``1 / sqrt(2 * layers on the path to a head)``. 0 makes every layer start as the identity.
+
+    Raises:
+        TypeError, ValueError: A field of wrong type or out of range, or fields that contradict each other.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_attn_heads: int
+    n_kv_heads: int | None = None
+    d_ff: int | None = None
+    max_seq_len: int = 4096
+    n_future: int = 4
+    variant: str = "parallel"
+    tie_embeddings: bool = False
+    shared_final_norm: bool = False
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    init_std: float | None = None
+    embed_init_std: float | None = None
+    unembed_init_std: float = 0.02
+    residual_init_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_attn_heads", "max_seq_len", "n_future"):
+            _check_count(name, getattr(self, name))
+        for name in ("n_kv_heads", "d_ff"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        for name in ("tie_embeddings", "shared_final_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("rope_theta", "norm_eps"):
+            _check_number(name, getattr(self, name), allow_zero=False)
+        for name in ("init_std", "embed_init_std", "unembed_init_std", "residual_init_scale"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), allow_zero=True)
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        self._check_shape()
+
+    def _check_shape(self) -> None:
+        if self.d_model % self.n_attn_heads != 0:
+            raise ValueError(
+                f"d_model must be a multiple of n_attn_heads, got d_model={self.d_model}, "
+                f"n_attn_heads={self.n_attn_heads}"
+            )
+        if self.head_dim % 2 != 0:
+            raise ValueError(
+                f"d_model / n_attn_heads must be even, because rotary embeddings turn pairs, got {self.head_dim}"
+            )
+        if self.n_attn_heads % self.kv_heads != 0:
+            raise ValueError(
+                f"n_attn_heads must be a multiple of n_kv_heads, got n_attn_heads={self.n_attn_heads}, "
+                f"n_kv_heads={self.n_kv_heads}"
+            )
+        if self.n_trunk_layers < 0:
+            raise ValueError(
+                f"n_layers counts the layers of trunk and heads together, so it must be at least n_future, got "
+                f"n_layers={self.n_layers}, n_future={self.n_future}"
+            )
+
+    @classmethod
+    def preset(
+        cls, name: str, vocab_size: int, n_future: int = 4, variant: str = "parallel", **overrides: Any
+    ) -> MTPConfig:
+        """A shape of the paper (Appendix M), by name: "1M", "3M", ... "13B".
+
+        Args:
+            name: One of :data:`mtp_ext.nn.presets.PRESETS`.
+            vocab_size, n_future, variant: As in the constructor.
+            overrides: Any other field, those of the shape included.
+        Raises:
+            ValueError: No such preset.
+            TypeError: No such field.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        fields = PRESETS[name]._asdict() | {"vocab_size": vocab_size, "n_future": n_future, "variant": variant}
+        return cls(**(fields | overrides))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> MTPConfig:
+        """The inverse of :meth:`to_dict`; fields left out take their defaults.
+
+        Raises:
+            ValueError: An unknown or a missing field.
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := [name for name in fields if name not in known]:
+            raise ValueError(f"unknown model configuration field {unknown[0]!r}; known are {', '.join(known)}")
+        required = [name for name, f in known.items() if f.default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in fields]:
+            raise ValueError(f"model configuration lacks the field {missing[0]!r}")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON and TOML writers take them (``None`` means the default)."""
+        return dataclasses.asdict(self)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_attn_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads, the default filled in."""
+        return self.n_attn_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def ff_dim(self) -> int:
+        """Inner width of the SwiGLU, the default filled in."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return math.ceil(8 * self.d_model / 3 / _FEED_FORWARD_MULTIPLE) * _FEED_FORWARD_MULTIPLE
+
+    @property
+    def n_trunk_layers(self) -> int:
+        """Transformer layers of the trunk, what the heads leave of ``n_layers``."""
+        return self.n_layers - (self.n_future if self.variant in _TRANSFORMER_HEADS else 0)
+
+    @property
+    def path_layers(self) -> int:
+        """Transformer layers between the tokens and the logits of the head that is furthest from the trunk."""
+        heads_on_path = {"parallel": 1, "causal": self.n_future, "anticausal": self.n_future}
+        return self.n_trunk_layers + heads_on_path.get(self.variant, 0)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of ``embed``, ``trunk``, ``heads``, ``unembed`` (0 if tied), and the ``total``.
+
+        Raises:
+            NotImplementedError: The variant has no model yet.
+        """
+        check_implemented(self.variant)
+        layer = self.d_model * (
+            (2 * self.n_attn_heads + 2 * self.kv_heads) * self.head_dim + 3 * self.ff_dim + 2
+        )  # attention, SwiGLU, two norms
+        norms = self.d_model * (1 if self.shared_final_norm else self.n_future)
+        counts = {
+            "embed": self.vocab_size * self.d_model,
+            "trunk": self.n_trunk_layers * layer,
+            "heads": self.n_future * layer + norms,
+            "unembed": 0 if self.tie_embeddings else self.vocab_size * self.d_model,
+        }
+        return counts | {"total": sum(counts.values())}
+
+
+def check_implemented(variant: str) -> None:
+    """Raises NotImplementedError for an architecture that has a name but no model yet."""
+    if variant not in IMPLEMENTED_VARIANTS:
+        raise NotImplementedError(
+            f"variant {variant!r} is not implemented yet; use one of: {', '.join(IMPLEMENTED_VARIANTS)}"
+        )
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_number(name: str, value: object, *, allow_zero: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
+        raise ValueError(f"{name} must be finite and {'not negative' if allow_zero else 'positive'}, got {value}")

@@ -1,0 +1,73 @@
+"""Keys and values of the tokens that a model has already read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values by layer, row and position. A token's slot is its position.
+
+    Rows may have different lengths: what lies beyond a row's length is stale or padding, and is overwritten before any
+    query may see it, because a query at position ``p`` sees the slots ``0..p`` and those up to ``p`` have been written.
+    A forward writes the slots of its tokens; :meth:`advance` then says how many of them count. Several layers, and
+    heads after the trunk, so read the same positions within one step.
+
+    Args:
+        batch_size: ``B``.
+        capacity: Tokens that each row can hold.
+    """
+
+    def __init__(self, batch_size: int, capacity: int) -> None:
+        self.batch_size, self.capacity = batch_size, capacity
+        self.lengths = [0] * batch_size
+        self._slots: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values [B, capacity, H_kv, head_dim]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows have the same length."""
+        return len(set(self.lengths)) <= 1
+
+    @property
+    def max_length(self) -> int:
+        """The length of the longest row."""
+        return max(self.lengths, default=0)
+
+    def positions(self, n_new: int, device: torch.device) -> Tensor:
+        """Where the next ``n_new`` tokens go: ``[n_new]`` if the rows are of one length, else ``[B, n_new]``."""
+        if self.max_length + n_new > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens a row, got {self.max_length} + {n_new}")
+        new = torch.arange(n_new, device=device)
+        if self.is_uniform:
+            return new + self.max_length
+        return torch.tensor(self.lengths, device=device)[:, None] + new
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values and returns those of all positions so far.
+
+        Args:
+            layer: Which attention layer.
+            keys, values: ``[B, S, H_kv, head_dim]``.
+            positions: As from :meth:`positions`.
+        Returns:
+            Two views ``[B, L, H_kv, head_dim]``, ``L = max_length + S``.
+        """
+        if layer not in self._slots:
+            shape = (keys.shape[0], self.capacity, *keys.shape[2:])
+            self._slots[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
+        end = self.max_length + keys.shape[1]
+        rows = torch.arange(self.batch_size, device=keys.device)[:, None]
+        for stored, new in zip(self._slots[layer], (keys, values), strict=True):
+            if positions.dim() == 1:
+                stored[:, self.max_length : end] = new
+            else:
+                stored[rows, positions] = new
+        stored_keys, stored_values = self._slots[layer]
+        return stored_keys[:, :end], stored_values[:, :end]
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Counts the first ``counts[b]`` of the tokens last written as read by row ``b``."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]

@@ -1,0 +1,77 @@
+"""The labels of one step and how they count: what every schedule needs to know beside the hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_ext.ops import checks
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Arguments of the loss, as :func:`mtp_ext.multi_token_cross_entropy` describes them; ``checked`` makes one."""
+
+    labels: Tensor  # [B, S'], unshifted
+    document_ids: Tensor | None  # [B, S']
+    head_weights: Tensor | None  # [n]
+    normalizer: str | float | Tensor
+    ignore_index: int
+    chunk_rows: int | None
+    workspace_bytes: int | None
+
+    @staticmethod
+    def checked(
+        labels: Tensor,
+        *,
+        batch: int,
+        seq_len: int,
+        n_heads: int,
+        device: torch.device,
+        document_ids: Tensor | None = None,
+        head_weights: Tensor | Sequence[float] | None = None,
+        normalizer: str | float | Tensor = "per_head",
+        ignore_index: int = -100,
+        chunk_rows: int | None = None,
+        workspace_bytes: int | None = None,
+    ) -> Targets:
+        """Raises TypeError or ValueError for the first wrong argument, before any work."""
+        checks.check_tensor("labels", labels, dtypes=checks.INDEX_DTYPES, shape="[B, S']", device=device)
+        if labels.dim() != 2 or labels.shape[0] != batch or labels.shape[1] < seq_len:
+            raise ValueError(
+                f"labels must be [B, S'] with B = {batch} and S' >= S = {seq_len} (unshifted; S + n loses no target), "
+                f"got {checks.describe(labels)}"
+            )
+        if document_ids is not None:
+            checks.check_tensor(
+                "document_ids", document_ids, dtypes=checks.INDEX_DTYPES, shape="[B, S']", device=device
+            )
+            checks.check_shape("document_ids", document_ids, labels.shape, "[B, S'] of labels")
+        checks.check_positive_int("chunk_rows", chunk_rows)
+        checks.check_positive_int("workspace_bytes", workspace_bytes)
+        return Targets(
+            labels,
+            document_ids,
+            checks.checked_head_weights(head_weights, n_heads, device),
+            checks.checked_normalizer(normalizer),
+            ignore_index,
+            chunk_rows,
+            workspace_bytes,
+        )
+
+    def of_the_loss(self) -> dict[str, Any]:
+        """Keywords that define the loss."""
+        return {
+            "document_ids": self.document_ids,
+            "head_weights": self.head_weights,
+            "normalizer": self.normalizer,
+            "ignore_index": self.ignore_index,
+        }
+
+    def of_the_chunks(self) -> dict[str, Any]:
+        """Keywords that bound the memory of the fused loss and leave its value alone."""
+        return {"chunk_rows": self.chunk_rows, "workspace_bytes": self.workspace_bytes}

@@ -1,0 +1,71 @@
+"""The trunk ``f_s``: tokens to hidden states that all heads read (Gloeckle et al. 2024, section 2)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mtp_ext.nn.attention import AttentionContext
+from mtp_ext.nn.checks import check_document_ids, check_tokens
+from mtp_ext.nn.config import MTPConfig
+from mtp_ext.nn.kv_cache import KVCache
+from mtp_ext.nn.layers import Block
+
+
+class Trunk(nn.Module):
+    """Embedding and the trunk's transformer layers, without a final norm: that belongs to the heads.
+
+    Args:
+        config: The model's.
+        embed: The embedding; the model owns it (its name is ``embed.weight``), the trunk borrows it.
+    """
+
+    def __init__(self, config: MTPConfig, embed: nn.Embedding) -> None:
+        super().__init__()
+        self.config = config
+        self._borrowed = (embed,)  # in a tuple, so that it is not registered twice
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_trunk_layers))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        context: AttentionContext | None = None,
+    ) -> Tensor:
+        """Hidden states ``z`` of ``tokens``.
+
+        Args:
+            tokens: ``[B, S]`` int64 or int32.
+            document_ids: ``[B, S']``, ``S' >= S``: attention stays within tokens of one id.
+            cache: Keys and values of the tokens before these. It receives these tokens' too; the caller advances it.
+            context: What :meth:`context` would build, where the caller shares it with the heads.
+        Returns:
+            ``[B, S, D]``.
+        Raises:
+            TypeError, ValueError: Wrong dtype, shape or range.
+        """
+        if context is None:
+            context = self.context(tokens, document_ids, cache)
+        x: Tensor = self._borrowed[0](tokens)
+        for layer in self.layers:
+            x = layer(x, context)
+        return x
+
+    def context(
+        self, tokens: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None
+    ) -> AttentionContext:
+        """Checks the inputs of a forward and builds what all of its attention layers share."""
+        weight = self._borrowed[0].weight
+        check_tokens(tokens, self.config, past=0 if cache is None else cache.max_length)
+        seq_len = tokens.shape[1]
+        if cache is not None:
+            if document_ids is not None:
+                raise ValueError("document_ids must be None where a cache is given: a cache holds one document a row")
+            if tokens.shape[0] != cache.batch_size:
+                raise ValueError(f"tokens must have the cache's {cache.batch_size} rows, got {list(tokens.shape)}")
+            return AttentionContext.of_cached(self.config, seq_len, cache, tokens.device, weight.dtype)
+        if document_ids is not None:
+            check_document_ids(document_ids, tokens)
+            document_ids = document_ids[:, :seq_len]
+        return AttentionContext.of_sequences(self.config, seq_len, document_ids, tokens.device, weight.dtype)

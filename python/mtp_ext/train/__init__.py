@@ -1,0 +1,1 @@
+"""Training: data, configuration, optimisers, checkpoints and the loop."""

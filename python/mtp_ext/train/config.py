@@ -1,0 +1,263 @@
+"""The configuration of a training run: dataclasses that are the command line, the TOML file and the record of the run.
+
+A field that may be ``None`` has ``None`` as its default, so that a TOML file (which has no null) records a run exactly.
+Fields marked ``FREE`` may differ when a run is resumed; any other difference would make it another run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mtp_ext.nn import MTPConfig
+from mtp_ext.train.data import DataConfig
+from mtp_ext.train.schedule import Limits
+
+DEFAULT_MAX_SECONDS = 300.0
+DEFAULT_D_MODEL = 192
+DEFAULT_TRUNK_LAYERS = 2
+DEFAULT_HEAD_DIM = 64
+FREE = {"resume": "free"}
+
+Variant = Literal["parallel", "linear", "replicated", "causal", "anticausal"]
+
+
+def _check_at_least(minimum: float, prefix: str, config: object, *names: str) -> None:
+    """Raises ValueError if a number of a section is below ``minimum`` or not a number; ``None`` passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= minimum:
+            raise ValueError(f"{prefix}{name} must be at least {minimum:g}, got {value!r}")
+
+
+def _check_fraction(prefix: str, config: object, *names: str) -> None:
+    """Raises ValueError if a number of a section is outside ``[0, 1]``."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{prefix}{name} must be in [0, 1], got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: a preset of the paper or a shape of your own; sizes that are given override the preset's."""
+
+    preset: str | None = None
+    """Shape of the paper's appendix M: 1M, 3M, 10M, ..., 13B."""
+    n_future: int = 4
+    """Number of predicted tokens n: head k predicts the k-th token ahead."""
+    variant: Variant = "parallel"
+    """Architecture of the heads (the paper's appendix B)."""
+    d_model: int | None = None
+    """Model width (default: the preset's, else the default run's)."""
+    n_layers: int | None = None
+    """Transformer layers of trunk and heads together (default: the preset's, else the default run's)."""
+    n_attn_heads: int | None = None
+    """Attention heads of a layer (default: the preset's, else the default run's)."""
+    n_kv_heads: int | None = None
+    """Key-value heads of grouped-query attention (default: n_attn_heads)."""
+    d_ff: int | None = None
+    """Inner width of the SwiGLU (default: 8/3 of d_model, rounded up to a multiple of 64)."""
+    max_seq_len: int | None = None
+    """Longest sequence that the model takes, in tokens (default: four training sequences)."""
+    tie_embeddings: bool = False
+    """Whether the unembedding is the embedding."""
+    shared_final_norm: bool = False
+    """One final RMSNorm for all heads instead of one each."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+
+    def build(self, vocab_size: int, seq_len: int) -> MTPConfig:
+        """The model's configuration for a vocabulary and a training sequence length (tokens).
+
+        Raises:
+            TypeError, ValueError: As `MTPConfig`.
+        """
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        given["max_seq_len"] = max(seq_len, self.max_seq_len or 4 * seq_len)
+        preset = given.pop("preset", None)
+        if preset is not None:
+            return MTPConfig.preset(preset, vocab_size=vocab_size, **given)
+        d_model = self.d_model or DEFAULT_D_MODEL
+        heads = 0 if self.variant in ("linear", "replicated") else self.n_future
+        shape = {
+            "d_model": d_model,
+            "n_layers": DEFAULT_TRUNK_LAYERS + heads,
+            "n_attn_heads": max(1, d_model // DEFAULT_HEAD_DIM),
+        }
+        return MTPConfig(vocab_size=vocab_size, **(shape | given))
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What one optimiser step sees: batch_size * accumulation sequences."""
+
+    seq_len: int = 256
+    """Tokens of a packed sequence."""
+    batch_size: int = 4
+    """Sequences that go through the model at once."""
+    accumulation: int = 1
+    """Passes whose gradients one step adds up; the result is that of one large batch."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(1, "batch.", self, "seq_len", "batch_size", "accumulation")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective: the sum of the heads' losses, and the order in which they are computed."""
+
+    schedule: Literal["sequential", "joint", "autograd"] = "sequential"
+    """sequential: head by head, least memory; joint: all heads in one pass; autograd: plain torch, the reference."""
+    head_weights: tuple[float, ...] | None = None
+    """Weight of each head's loss (default: 1 each, the paper's sum)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser: AdamW, or Muon for the layers' matrices with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "muon"
+    """muon needs fewer steps; it keeps AdamW for embedding, unembedding and norms."""
+    lr: float = field(default=3e-3, metadata=FREE)
+    """Peak learning rate of AdamW."""
+    muon_lr: float = field(default=0.02, metadata=FREE)
+    """Peak learning rate of Muon."""
+    beta1: float = field(default=0.9, metadata=FREE)
+    """Decay of AdamW's first moment."""
+    beta2: float = field(default=0.95, metadata=FREE)
+    """Decay of AdamW's second moment."""
+    momentum: float = field(default=0.95, metadata=FREE)
+    """Decay of Muon's momentum."""
+    weight_decay: float = field(default=0.1, metadata=FREE)
+    """Decoupled weight decay of matrices; norms have none."""
+    clip_norm: float = field(default=1.0, metadata=FREE)
+    """Largest norm of the whole gradient; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(0, "optim.", self, "lr", "muon_lr", "weight_decay", "clip_norm")
+        _check_fraction("optim.", self, "beta1", "beta2", "momentum")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run: linear warmup, then a decay that ends with the run."""
+
+    warmup_steps: int = field(default=40, metadata=FREE)
+    """Steps of linear warmup."""
+    decay: Literal["cosine", "linear"] = field(default="cosine", metadata=FREE)
+    """Shape of the decay."""
+    decay_ratio: float = field(default=0.03, metadata=FREE)
+    """Final learning rate as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(0, "schedule.", self, "warmup_steps")
+        _check_fraction("schedule.", self, "decay_ratio")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation on the held-out split."""
+
+    every_steps: int = field(default=200, metadata=FREE)
+    """Steps between validations; 0 validates at the end only."""
+    batches: int = field(default=8, metadata=FREE)
+    """Batches of a validation on the way, spread over the split; 0 takes all."""
+    final_batches: int = field(default=0, metadata=FREE)
+    """Batches of the validation at the end; 0 takes all."""
+    batch_size: int = field(default=8, metadata=FREE)
+    """Sequences of a validation batch."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(0, "evaluation.", self, "every_steps", "batches", "final_batches")
+        _check_at_least(1, "evaluation.", self, "batch_size")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept; the last step always gets one."""
+
+    every_seconds: float = field(default=60.0, metadata=FREE)
+    """Seconds between checkpoints; 0 goes by steps only."""
+    every_steps: int = field(default=0, metadata=FREE)
+    """Steps between checkpoints; 0 goes by seconds only."""
+    keep_last: int = field(default=2, metadata=FREE)
+    """How many of the latest to keep."""
+    keep_best: bool = field(default=False, metadata=FREE)
+    """Also write one at, and keep, the lowest validation loss of head 1."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(0, "checkpoint.", self, "every_seconds", "every_steps")
+        _check_at_least(1, "checkpoint.", self, "keep_last")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run records and shows."""
+
+    every_steps: int = field(default=10, metadata=FREE)
+    """Steps between records; each record is one step's numbers."""
+    tensorboard: bool = field(default=True, metadata=FREE)
+    """Whether to write TensorBoard event files."""
+    plots: bool = field(default=True, metadata=FREE)
+    """Whether to draw PNGs of the losses and the accept length at the end."""
+    sample_tokens: int = field(default=96, metadata=FREE)
+    """Tokens of the continuation that is generated at the end; 0 generates none."""
+
+    def __post_init__(self) -> None:
+        _check_at_least(1, "logging.", self, "every_steps")
+        _check_at_least(0, "logging.", self, "sample_tokens")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. It ends at the first of its limits; without any it takes 300 seconds."""
+
+    out: Path | None = field(default=None, metadata=FREE)
+    """Directory of the run (default: a new one under runs/ named by the time)."""
+    max_steps: int | None = field(default=None, metadata=FREE)
+    """Most optimiser steps."""
+    max_seconds: float | None = field(default=None, metadata=FREE)
+    """Most seconds of training; the last validation, the sample and the plots come on top."""
+    max_tokens: int | None = field(default=None, metadata=FREE)
+    """Most tokens to train on."""
+    seed: int = 0
+    """Seed of the model's initial weights and of the data's order."""
+    device: str = field(default="auto", metadata=FREE)
+    """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata=FREE)
+    """bfloat16 computes in bfloat16 under autocast; auto does so on a GPU and on a CPU with bfloat16 instructions."""
+    threads: int | None = field(default=None, metadata=FREE)
+    """CPU threads (default: torch's choice)."""
+    cache: Path | None = field(default=None, metadata=FREE)
+    """Directory of tokenised corpora (default: the user's cache directory)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        _check_at_least(1, "", self, "max_steps", "max_tokens", "threads")
+        _check_at_least(0, "", self, "max_seconds", "seed")
+        weights = self.loss.head_weights
+        if weights is not None and len(weights) != self.model.n_future:
+            raise ValueError(
+                f"loss.head_weights must have one weight per head (n_future={self.model.n_future}), got {weights!r}"
+            )
+
+    @property
+    def limits(self) -> Limits:
+        """Where the run ends."""
+        return Limits(self.max_steps, self.max_seconds, self.max_tokens)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions that one optimiser step trains on."""
+        return self.batch.seq_len * self.batch.batch_size * self.batch.accumulation

@@ -1,0 +1,89 @@
+"""The documents of a configuration, read once to hash and to split them, and again to tokenise them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from array import array
+from collections.abc import Iterator
+
+import numpy as np
+
+from mtp_ext.train.data.config import DataConfig
+from mtp_ext.train.data.progress import progress
+from mtp_ext.train.data.sources import Document, find_files, read_documents
+from mtp_ext.train.data.split import choose_validation, hash_group
+
+_log = logging.getLogger(__name__)
+
+
+class Corpus:
+    """Reads the corpus once, and remembers of each document only its size and its side of the split.
+
+    Attributes:
+        digest: SHA-256 of the documents' names, groups, sizes and contents.
+        sizes: ``[documents]`` int64, bytes.
+        in_validation: ``[documents]`` bool.
+        n_files: Files that were read.
+        skipped: How many documents were left out, by reason.
+    Raises:
+        ValueError: There is nothing to read, a JSON line is wrong, or nothing can be held out.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self._text_field = config.text_field
+        self._files = find_files(config.source, config.suffixes, config.exclude)
+        self.n_files = len(self._files)
+        skipped: dict[str, list[str]] = {}
+        groups, sizes = array("Q"), array("q")
+        digest = hashlib.sha256()
+        n_bytes = sum(file.path.stat().st_size for file in self._files)
+        for document in self._read("reading", n_bytes, digest, skipped):
+            groups.append(hash_group(document.group, config.seed))
+            sizes.append(len(document.data))
+        self.digest = digest.hexdigest()
+        self.sizes = np.frombuffer(sizes, dtype=np.int64)
+        self.skipped = {reason: len(names) for reason, names in sorted(skipped.items())}
+        self._report(config, skipped)
+        self.in_validation = choose_validation(
+            np.frombuffer(groups, dtype=np.uint64), self.sizes, config.validation_fraction
+        )
+
+    def documents(self, description: str) -> Iterator[Document]:
+        """The documents again, in the order of ``sizes`` and ``in_validation``.
+
+        Raises:
+            RuntimeError: They are not what they were.
+        """
+        digest = hashlib.sha256()
+        changed = RuntimeError("the source files changed while they were being prepared; run again")
+        for number, document in enumerate(self._read(description, int(self.sizes.sum()), digest, {})):
+            if number == self.sizes.size:
+                raise changed
+            yield document
+        if digest.hexdigest() != self.digest:
+            raise changed
+
+    def _read(
+        self, description: str, n_bytes: int, digest: hashlib._Hash, skipped: dict[str, list[str]]
+    ) -> Iterator[Document]:
+        """The documents, each fed to ``digest``, under a progress bar of ``n_bytes``."""
+
+        def on_skip(reason: str, name: str) -> None:
+            skipped.setdefault(reason, []).append(name)
+
+        with progress(description, n_bytes) as advance:
+            for document in read_documents(self._files, self._text_field, on_skip):
+                header = f"{document.name}\0{document.group}\0{len(document.data)}\0"
+                digest.update(header.encode("utf-8", "surrogateescape"))
+                digest.update(document.data)
+                yield document
+                advance(len(document.data))
+
+    def _report(self, config: DataConfig, skipped: dict[str, list[str]]) -> None:
+        """Says what was left out; an empty corpus is an error."""
+        reasons = "; ".join(f"{len(names)} {reason} (first: {names[0]})" for reason, names in sorted(skipped.items()))
+        if not self.sizes.size:
+            raise ValueError(f"source {', '.join(map(repr, config.source))} holds no text: {reasons or 'no records'}")
+        if self.skipped.keys() - {"empty"}:
+            _log.warning("left out of the corpus: %s", reasons)

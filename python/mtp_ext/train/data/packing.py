@@ -1,0 +1,89 @@
+"""Packed sequences: rows of ``seq_len`` tokens across document boundaries, with the labels of every head.
+
+Row ``i`` holds the tokens from ``i * seq_len`` on, and ``n_future`` labels more than tokens. So, over the rows of a
+split, every token is an input once, and every token with ``k`` predecessors in its document is once a target of head
+``k``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mtp_ext.train.data.shards import TokenSplit
+
+IGNORE_INDEX = -100
+
+
+class Batch(NamedTuple):
+    """Rows of packed tokens (``S' = S + n_future``).
+
+    Attributes:
+        tokens: ``[B, S]`` int64; behind the end of the split, the separator.
+        labels: ``[B, S']`` int64, unshifted: ``labels[:, :S] == tokens``, but ``IGNORE_INDEX`` behind the split's end.
+        document_ids: ``[B, S']`` int64, numbered from 0 in each row; what is behind the end is a document of its own.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    document_ids: Tensor
+
+    def with_seq_len(self, seq_len: int) -> Batch:
+        """The same tokens and targets as more rows of a shorter context.
+
+        Args:
+            seq_len: Length of the new rows, a divisor of ``S``.
+        Returns:
+            A batch of ``[B * S / seq_len, seq_len]`` tokens; row ``i`` becomes the rows from ``i * S / seq_len`` on.
+        Raises:
+            ValueError: ``seq_len`` does not divide ``S``.
+        """
+        length = self.tokens.shape[1]
+        if seq_len < 1 or length % seq_len:
+            raise ValueError(f"seq_len must be a divisor of {length}, got {seq_len}")
+        n_future = self.labels.shape[1] - length
+        labels, documents = (
+            rows.unfold(1, seq_len + n_future, seq_len).flatten(0, 1) for rows in (self.labels, self.document_ids)
+        )
+        return Batch(self.tokens.reshape(-1, seq_len), labels, documents - documents[:, :1])
+
+
+def n_rows(split: TokenSplit, seq_len: int) -> int:
+    """Number of rows of ``seq_len`` tokens that a split fills; the last one may be short."""
+    return -(-split.n_tokens // seq_len)
+
+
+def pack(split: TokenSplit, rows: npt.NDArray[np.int64], seq_len: int, n_future: int, separator_id: int) -> Batch:
+    """Reads rows of a split.
+
+    Args:
+        split: The tokens.
+        rows: ``[B]``, each in ``[0, n_rows(split, seq_len))``.
+        seq_len: Tokens of a row, ``S``.
+        n_future: Labels of a row behind its tokens.
+        separator_id: What pads the tokens of the last row.
+    """
+    width = seq_len + n_future
+    starts = rows * seq_len
+    labels = np.full((rows.size, width), IGNORE_INDEX, dtype=np.int64)
+    for row, start in zip(labels, starts.tolist(), strict=True):
+        ids = split.read(start, start + width)
+        row[: ids.size] = ids
+    positions = starts[:, None] + np.arange(width)
+    # Counts the documents that begin at or before each position; the end of the split counts as a beginning.
+    documents = np.searchsorted(split.document_starts, positions, side="right")
+    documents -= documents[:, :1]
+    inputs = labels[:, :seq_len]
+    tokens = np.where(inputs == IGNORE_INDEX, separator_id, inputs)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(documents))
+
+
+def check_sizes(seq_len: int, n_future: int, batch_size: int) -> None:
+    """Raises ValueError that names a size that is not positive."""
+    for name, size in (("seq_len", seq_len), ("n_future", n_future), ("batch_size", batch_size)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")

@@ -1,0 +1,64 @@
+"""Where a model computes, and in what precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device, and whether matrix products run in bfloat16 there.
+
+    Attributes:
+        device: The device.
+        bfloat16: Whether `autocast` computes in bfloat16; parameters stay float32.
+    """
+
+    device: torch.device
+    bfloat16: bool
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
+
+    def describe(self) -> str:
+        """For people: device and precision."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"CPU, {torch.get_num_threads()} threads"
+        return f"{name}, {'bfloat16 autocast' if self.bfloat16 else 'float32'}"
+
+
+def choose_compute(device: str = "auto", precision: str = "auto") -> Compute:
+    """The device and precision that a user asked for.
+
+    Args:
+        device: A torch device, or "auto": a GPU if there is one.
+        precision: "float32", "bfloat16", or "auto": bfloat16 where the hardware multiplies it.
+    Raises:
+        ValueError: There is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda, cuda:<number> or auto, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda, cuda:<number> or auto, got {device!r}")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise ValueError(f"device {device!r} is not there: torch {torch.__version__} sees {count} GPUs")
+    return Compute(chosen, native_bfloat16(chosen) if precision == "auto" else precision == "bfloat16")
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices; where it does not, bfloat16 is far slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch.cpu has no public name for these
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

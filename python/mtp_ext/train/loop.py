@@ -1,0 +1,150 @@
+"""The training loop: steps until a limit or a signal, with records, validations and checkpoints on the way."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mtp_ext.train.checkpoint import list_checkpoints
+from mtp_ext.train.display import Display
+from mtp_ext.train.evaluate import Evaluation
+from mtp_ext.train.interrupt import StopRequest
+from mtp_ext.train.metrics import memory_bytes
+from mtp_ext.train.record import MetricsWriter
+from mtp_ext.train.step import NotFiniteError, StepResult
+from mtp_ext.train.trainer import Trainer
+
+
+class TrainingFailedError(RuntimeError):
+    """The run cannot go on; the message says why, and from which checkpoint it can be continued."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the loop ended.
+
+    Attributes:
+        received: The signal that stopped it; ``None`` at a limit.
+        tokens_per_second: Positions trained on per second of stepping, without validations and checkpoints.
+        memory_bytes: Peak memory of the process (on a GPU: of its allocator).
+    """
+
+    received: signal.Signals | None
+    tokens_per_second: float
+    memory_bytes: int
+
+
+class Loop:
+    """Runs a trainer.
+
+    Args:
+        trainer: The run, new or resumed.
+        record: Where its numbers go.
+        display: Where people look.
+    """
+
+    def __init__(self, trainer: Trainer, record: MetricsWriter, display: Display) -> None:
+        self.trainer, self.record, self.display = trainer, record, display
+        self._start = time.perf_counter()
+        self._seconds_before = trainer.progress.seconds
+        self._fraction_before = trainer.progress.fraction(trainer.config.limits)
+        self._step_seconds, self._step_tokens = 0.0, 0
+        self._last_save = self._start
+
+    def run(self) -> Ending:
+        """Steps until a limit of the configuration or a signal; the last step gets a checkpoint.
+
+        Raises:
+            TrainingFailedError: The loss or the gradient stopped being finite.
+        """
+        trainer, limits = self.trainer, self.trainer.config.limits
+        with StopRequest() as stop:
+            while stop.received is None and trainer.progress.fraction(limits) < 1.0:
+                result, factor = self._step()
+                finished = trainer.progress.fraction(limits) >= 1.0
+                self._record(result, factor, last=finished)
+                loss = self._validate()
+                if self._checkpoint_is_due(loss):
+                    trainer.save(loss)
+                    self._last_save = time.perf_counter()
+                trainer.progress.seconds = self._seconds()
+            trainer.save()
+        speed = self._step_tokens / self._step_seconds if self._step_seconds else 0.0
+        return Ending(stop.received, speed, memory_bytes(trainer.compute.device))
+
+    def _seconds(self) -> float:
+        """Seconds of training over all parts of the run."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def _step(self) -> tuple[StepResult, float]:
+        """One step and the learning-rate factor that it took."""
+        factor = self.trainer.learning_rate_factor()
+        before = time.perf_counter()
+        try:
+            result = self.trainer.step()
+        except NotFiniteError as error:
+            raise TrainingFailedError(self._explain(error)) from None
+        self._step_seconds += time.perf_counter() - before
+        self._step_tokens += self.trainer.config.tokens_per_step
+        self.trainer.progress.seconds = self._seconds()
+        return result, factor
+
+    def _explain(self, error: NotFiniteError) -> str:
+        """What to do about a loss that is not finite."""
+        good = list_checkpoints(self.trainer.checkpoints)
+        last = f"the last good checkpoint is {good[-1].path}" if good else "there is no checkpoint yet"
+        return (
+            f"step {self.trainer.progress.step + 1}: {error}. Training stopped; {last}. A lower learning rate "
+            "(--optim.lr, --optim.muon-lr) or a longer warmup (--schedule.warmup-steps) usually helps"
+        )
+
+    def _record(self, result: StepResult, factor: float, *, last: bool) -> None:
+        """Records and shows a step."""
+        trainer, progress = self.trainer, self.trainer.progress
+        speed = self._step_tokens / self._step_seconds
+        if last or progress.step == 1 or progress.step % trainer.config.logging.every_steps == 0:
+            values: dict[str, Any] = {
+                **trainer.position(),
+                **result.heads.as_dict(),
+                "grad_norm": result.grad_norm,
+                "lr": factor * trainer.config.optim.lr,
+                "tokens_per_second": speed,
+                "memory_bytes": memory_bytes(trainer.compute.device),
+            }
+            self.record.write("train", progress.step, values)
+        fraction = progress.fraction(trainer.config.limits)
+        gained = fraction - self._fraction_before
+        left = (1.0 - fraction) * (progress.seconds - self._seconds_before) / gained if gained > 0 else None
+        losses = " ".join(f"{loss:.2f}" for loss in result.heads.head_loss)
+        status = f"step {progress.step}  loss per head {losses}  {speed:,.0f} tokens/s"
+        self.display.update(fraction, left, status)
+
+    def _validate(self) -> float | None:
+        """Validates if it is time to; returns head 1's loss in nats per token."""
+        trainer, settings = self.trainer, self.trainer.config.evaluation
+        if not settings.every_steps or trainer.progress.step % settings.every_steps or not trainer.has_validation:
+            return None
+        evaluation = trainer.evaluate(settings.batches)
+        self.record.write("validation", trainer.progress.step, {**trainer.position(), **evaluation.as_dict()})
+        self.display.say(f"step {trainer.progress.step}: {describe(evaluation)}")
+        return evaluation.heads.head_loss[0]
+
+    def _checkpoint_is_due(self, validation_loss: float | None) -> bool:
+        """Whether steps, seconds or a new best loss ask for a checkpoint."""
+        settings, step = self.trainer.config.checkpoint, self.trainer.progress.step
+        if settings.every_steps and step % settings.every_steps == 0:
+            return True
+        if settings.every_seconds and time.perf_counter() - self._last_save >= settings.every_seconds:
+            return True
+        if not settings.keep_best or validation_loss is None:
+            return False
+        losses = [c.validation_loss for c in list_checkpoints(self.trainer.checkpoints)]
+        return validation_loss < min((loss for loss in losses if loss is not None), default=float("inf"))
+
+
+def describe(evaluation: Evaluation) -> str:
+    """An evaluation in one line."""
+    per_byte = " ".join(f"{x:.3f}" for x in evaluation.nats_per_byte)
+    return f"validation {per_byte} nats/byte per head, accept length {evaluation.heads.accept_length:.2f}"

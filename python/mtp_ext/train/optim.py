@@ -1,0 +1,88 @@
+"""The optimisers of a run behind one interface: which parameter goes where, one learning-rate factor, one state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtp_ext.train.config import OptimConfig
+from mtp_ext.train.muon import Muon
+
+# Matrices that look up or score tokens: each row is a token's own, so they have no spectrum for Muon to level.
+TOKEN_MATRICES = ("embed.", "unembed.")
+
+
+class Optimizers:
+    """AdamW for all parameters, or Muon for the layers' matrices and AdamW for the rest.
+
+    Weight decay is decoupled and spares vectors (norms). The state is a list of the optimisers' own.
+
+    Args:
+        model: Its parameters are optimised; tied ones once.
+        config: Which optimiser, peak learning rates, decay, clipping.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self._clip_norm = config.clip_norm
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        layers, tokens, vectors = _sort_parameters(model)
+        use_muon = config.name == "muon" and bool(layers)
+        groups = [
+            {"params": tokens if use_muon else layers + tokens, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True
+            )
+        ]
+        if use_muon:
+            muon = Muon(layers, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay)
+            self._optimizers.append(muon)
+        self._peaks = [[g["lr"] for g in o.param_groups] for o in self._optimizers]
+
+    def clip_gradients(self) -> Tensor:
+        """Scales the whole gradient down to the largest norm allowed; returns its norm before, 0-d."""
+        limit = self._clip_norm if self._clip_norm > 0 else math.inf
+        return nn.utils.clip_grad_norm_(self._parameters, limit)
+
+    def step(self, factor: float) -> None:
+        """One update at ``factor`` times the peak learning rates; drops the gradients."""
+        for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = factor * peak
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The state of every optimiser."""
+        return [optimizer.state_dict() for optimizer in self._optimizers]
+
+    def load_state_dict(self, states: list[Mapping[str, Any]]) -> None:
+        """Takes the moments of ``states``; learning rates and decay stay those of the configuration."""
+        for optimizer, state in zip(self._optimizers, states, strict=True):
+            own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+            optimizer.load_state_dict(dict(state))
+            for group, settings in zip(optimizer.param_groups, own, strict=True):
+                group.update(settings)
+
+
+def _sort_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The parameters that learn: matrices of the layers, matrices of the vocabulary, vectors."""
+    layers: list[Tensor] = []
+    tokens: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif parameter.ndim > 2 or name.startswith(TOKEN_MATRICES):
+            tokens.append(parameter)
+        else:
+            layers.append(parameter)
+    return layers, tokens, vectors

@@ -1,0 +1,86 @@
+"""Pictures of a run: loss per head and accept length over the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from mtp_ext.train.record import METRICS_FILE, read_metrics
+
+SIZE_INCHES, DPI = (8.0, 5.0), 150
+SMOOTHED_POINTS = 60  # a curve is averaged over about 1/60 of the run: single steps are noisy
+# Okabe and Ito's palette: told apart by colour-blind readers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+
+
+def plot_run(directory: Path) -> list[Path]:
+    """Draws `loss.png` and `accept_length.png` from a run's records into its directory.
+
+    Returns:
+        The files, none if there are no records.
+    """
+    records = list(read_metrics(directory / METRICS_FILE))
+    train = [r for r in records if r["kind"] == "train"]
+    validation = [r for r in records if r["kind"] == "validation"]
+    if not train:
+        return []
+    figures = {"loss.png": _losses(train, validation), "accept_length.png": _accept_length(train, validation)}
+    for name, figure in figures.items():
+        figure.savefig(directory / name, dpi=DPI)
+    return [directory / name for name in figures]
+
+
+def _losses(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
+    figure, axes = _axes("Loss of each head", "loss (nats per token)")
+    for k in range(len(train[0]["head_loss"])):
+        colour = COLOURS[k % len(COLOURS)]
+        y = _smoothed([r["head_loss"][k] for r in train])
+        axes.plot(_tokens(train), y, color=colour, linewidth=1.2, label=f"head {k + 1} (token t+{k + 1})")
+        if validation:
+            y = [r["head_loss"][k] for r in validation]
+            axes.plot(_tokens(validation), y, color=colour, linestyle="none", marker="o", markersize=5, mec="white")
+    if validation:
+        axes.plot([], [], color="0.4", linestyle="none", marker="o", markersize=5, label="validation")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _accept_length(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
+    n = len(train[0]["head_loss"])
+    figure, axes = _axes("Accept length of self-speculative decoding", f"tokens per step (of at most {n})")
+    y = _smoothed([r["accept_length"] for r in train])
+    axes.plot(_tokens(train), y, color=COLOURS[0], linewidth=1.2, label="training")
+    if validation:
+        y = [r["accept_length"] for r in validation]
+        axes.plot(_tokens(validation), y, color=COLOURS[1], linestyle="none", marker="o", label="validation")
+    axes.set_ylim(bottom=1.0)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _axes(title: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel(y_label)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _tokens(records: Sequence[dict[str, Any]]) -> list[int]:
+    return [r["tokens"] for r in records]
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Means over a window around each value; at the ends over what there is of it."""
+    half = len(values) // (2 * SMOOTHED_POINTS)
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

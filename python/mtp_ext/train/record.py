@@ -1,0 +1,82 @@
+"""The record of a run: JSON lines to keep, TensorBoard to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+class MetricsWriter:
+    """Appends records to a run's `metrics.jsonl` and mirrors their numbers to TensorBoard.
+
+    A record is a flat dict with ``kind`` ("train", "validation"), ``step`` and numbers or lists of one number per head.
+    On a resumed run the records after ``resumed_step`` are dropped first: the run takes those steps again.
+
+    Args:
+        directory: The run's directory.
+        resumed_step: The step that the run continues from, 0 at its start.
+        tensorboard: Whether to write event files to `<directory>/tensorboard`.
+    """
+
+    def __init__(self, directory: Path, *, resumed_step: int = 0, tensorboard: bool = True) -> None:
+        path = directory / METRICS_FILE
+        kept = [record for record in read_metrics(path) if record["step"] <= resumed_step]
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        os.replace(replacement, path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # by line: a kill loses at most the last
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = resumed_step + 1 if resumed_step else None
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Appends a record."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self._board is None:
+            return
+        for name, value in values.items():
+            for suffix, number in _numbers(value):
+                self._board.add_scalar(f"{kind}/{name}{suffix}", number, step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _numbers(value: Any) -> Iterator[tuple[str, float]]:
+    """The scalars of a value: itself, or one per head with its suffix."""
+    if isinstance(value, list):
+        for k, number in enumerate(value, start=1):
+            yield f"/head{k}", number
+    elif isinstance(value, (int, float)):
+        yield "", value

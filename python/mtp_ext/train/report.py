@@ -1,0 +1,84 @@
+"""The last lines of a run: what it reached, what it writes, and where everything is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from mtp_ext.train.display import format_duration
+from mtp_ext.train.evaluate import Evaluation
+from mtp_ext.train.loop import Ending
+from mtp_ext.train.sample import HeldOut
+from mtp_ext.train.schedule import Progress
+
+
+def evaluation_table(evaluation: Evaluation, title: str = "Validation") -> Table:
+    """Loss and top-1 of each head."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("head")
+    table.add_column("predicts")
+    for name in ("loss\n(nats/token)", "loss\n(nats/byte)", "top-1"):
+        table.add_column(name, justify="right")
+    heads = evaluation.heads
+    for k, (loss, per_byte, top1) in enumerate(
+        zip(heads.head_loss, evaluation.nats_per_byte, heads.top1, strict=True), start=1
+    ):
+        table.add_row(str(k), f"token t+{k}", f"{loss:.4f}", f"{per_byte:.4f}", f"{top1:.1%}")
+    return table
+
+
+def accept_line(evaluation: Evaluation) -> tuple[str, str]:
+    """Label and value of the accept length."""
+    n = len(evaluation.heads.head_loss)
+    return "accept length", f"{evaluation.heads.accept_length:.2f} of {n} tokens per self-speculative step"
+
+
+def facts_table(facts: list[tuple[str, str]]) -> Table:
+    """Labels and values without lines."""
+    table = Table.grid(padding=(0, 2))
+    for label, value in facts:
+        table.add_row(Text(label, style="bold"), Text(value))
+    return table
+
+
+def run_facts(ending: Ending, progress: Progress, epochs: float, device: str) -> list[tuple[str, str]]:
+    """What a run cost."""
+    memory = "peak GPU memory" if "CPU" not in device else "peak memory"
+    return [
+        ("speed", f"{ending.tokens_per_second:,.0f} tokens per second"),
+        (memory, f"{ending.memory_bytes / 2**20:,.0f} MiB"),
+        (
+            "trained",
+            f"{progress.step:,} steps, {progress.tokens:,} tokens, {epochs:.2f} epochs in "
+            f"{format_duration(progress.seconds)}",
+        ),
+        ("on", device),
+    ]
+
+
+def sample_panel(held_out: HeldOut, continuation: str) -> RenderableType:
+    """The model's continuation below its prompt, and the source's own."""
+
+    def panel(title: str, rest: str, style: str) -> Panel:
+        return Panel(
+            Text.assemble((held_out.prompt, "dim"), (rest.rstrip("\n"), style)), title=title, title_align="left"
+        )
+
+    return Group(
+        panel(f"The model continues {held_out.name} (held out; the prompt is dim)", continuation, "green"),
+        panel("The source itself", held_out.rest, ""),
+    )
+
+
+def print_paths(console: Console, checkpoint: Path, plots: list[Path], run: Path) -> None:
+    """Where the results are, one path a line, and what to do with them."""
+    lines = [("checkpoint", checkpoint), *(("plot", plot) for plot in plots), ("records", run / "metrics.jsonl")]
+    for label, path in lines:
+        console.print(f"{label:<11}{path}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f'{"try":<11}mtp generate --checkpoint {run} --prompt "def "', highlight=False, markup=False, soft_wrap=True
+    )

@@ -1,0 +1,155 @@
+"""A training run from its configuration to its last line."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from mtp_ext.nn import MTPModel
+from mtp_ext.train import report
+from mtp_ext.train.checkpoint import Checkpoint, list_checkpoints
+from mtp_ext.train.config import TrainConfig
+from mtp_ext.train.config_file import write_config
+from mtp_ext.train.data import Dataset, prepare_data
+from mtp_ext.train.device import choose_compute
+from mtp_ext.train.display import Display
+from mtp_ext.train.evaluate import Evaluation
+from mtp_ext.train.loop import Ending, Loop
+from mtp_ext.train.plots import plot_run
+from mtp_ext.train.record import MetricsWriter
+from mtp_ext.train.resume import CHECKPOINTS, RUNS, run_of
+from mtp_ext.train.sample import choose_held_out, continue_text
+from mtp_ext.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves behind.
+
+    Attributes:
+        directory: The run's directory.
+        checkpoint: Its last checkpoint.
+        ending: How its loop ended.
+        evaluation: The validation at its end; ``None`` if it was stopped, or nothing is held out.
+    """
+
+    directory: Path
+    checkpoint: Path
+    ending: Ending
+    evaluation: Evaluation | None
+
+
+def default_cache() -> Path:
+    """Where tokenised corpora lie if nothing else is said: ``$XDG_CACHE_HOME/mtp_ext`` or ``~/.cache/mtp_ext``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "mtp_ext"
+
+
+def train(config: TrainConfig, checkpoint: Checkpoint | None, console: Console) -> Outcome:
+    """Trains, evaluates, shows and records a run.
+
+    Args:
+        config: The run, with at least one limit.
+        checkpoint: Where to continue; ``None`` is a new run.
+        console: Where people look.
+    Raises:
+        ValueError: The configuration does not fit itself, the data, the machine or the checkpoint.
+        TrainingFailedError: The loss stopped being finite.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    compute = choose_compute(config.device, config.precision)
+    directory = _run_directory(config.out, checkpoint)
+    display = Display(console)
+    dataset = prepare_data(config.data, config.cache or default_cache())
+    torch.manual_seed(config.seed)
+    model = MTPModel(config.model.build(dataset.tokenizer.vocab_size, config.batch.seq_len)).to(compute.device)
+    trainer = Trainer(config, directory, dataset, model, compute)
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_config(config, directory)
+    display.say(_headline(dataset, model, compute.describe(), directory))
+    if checkpoint is not None:
+        display.say(f"continuing {checkpoint.path} after step {checkpoint.step}")
+    resumed_step = trainer.progress.step
+    with MetricsWriter(directory, resumed_step=resumed_step, tensorboard=config.logging.tensorboard) as record:
+        with display:
+            ending = Loop(trainer, record, display).run()
+        evaluation = None
+        if ending.received is None and trainer.has_validation:
+            display.say("validating on the held-out split")
+            evaluation = trainer.evaluate(config.evaluation.final_batches)
+            record.write(
+                "validation", trainer.progress.step, {**trainer.position(), **evaluation.as_dict(), "final": True}
+            )
+    outcome = Outcome(directory, list_checkpoints(trainer.checkpoints)[-1].path, ending, evaluation)
+    _show(trainer, outcome, console)
+    return outcome
+
+
+def _run_directory(out: Path | None, checkpoint: Checkpoint | None) -> Path:
+    """Where the run goes: ``out``; else where the checkpoint's run is; else a new directory.
+
+    Raises:
+        ValueError: Another run, or a later part of the same one, is already there.
+    """
+    if out is None:
+        own = None if checkpoint is None else run_of(checkpoint)
+        out = own if own is not None else RUNS / time.strftime("%Y%m%d-%H%M%S")
+    present = list_checkpoints(out / CHECKPOINTS)
+    if not present:
+        return out
+    if checkpoint is None:
+        raise ValueError(f"out: {out} already holds a run; pass --resume {out} to continue it, or another --out")
+    if present[-1].path.resolve() != checkpoint.path.resolve():
+        raise ValueError(
+            f"resume: {out} goes on after {checkpoint.path.name}, until {present[-1].path.name}; continue from there, "
+            "or pass another --out to branch off"
+        )
+    return out
+
+
+def _headline(dataset: Dataset, model: MTPModel, device: str, directory: Path) -> str:
+    """What is about to be trained on what."""
+    config, train = model.config, dataset.split("train")
+    parameters = sum(p.numel() for p in model.parameters())
+    return (
+        f"corpus     {train.n_bytes / 1e6:.1f} MB in {train.n_documents:,} documents, {train.n_tokens:,} tokens of "
+        f"{train.bytes_per_token:.2f} bytes, vocabulary {config.vocab_size:,}\n"
+        f"model      {parameters / 1e6:.2f} M parameters: {config.n_trunk_layers} trunk layers and {config.n_future} "
+        f"{config.variant} heads of width {config.d_model}\n"
+        f"on         {device}\n"
+        f"run        {directory}"
+    )
+
+
+def _show(trainer: Trainer, outcome: Outcome, console: Console) -> None:
+    """Prints the tables, the sample and the paths, and draws the plots."""
+    config, ending = trainer.config, outcome.ending
+    if ending.received is not None:
+        console.print(
+            f"stopped by {ending.received.name} after step {trainer.progress.step}; continue with: "
+            f"mtp train --resume {outcome.directory}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    plots = plot_run(outcome.directory) if config.logging.plots else []
+    facts = report.run_facts(ending, trainer.progress, trainer.stream.epochs, trainer.compute.describe())
+    if outcome.evaluation is not None:
+        console.print(report.evaluation_table(outcome.evaluation))
+        facts.insert(0, report.accept_line(outcome.evaluation))
+    console.print(report.facts_table(facts))
+    held_out = choose_held_out(trainer.dataset) if config.logging.sample_tokens else None
+    if held_out is not None:
+        tokens = config.logging.sample_tokens
+        text = continue_text(trainer.model, trainer.dataset.tokenizer, held_out.prompt, tokens, config.seed)
+        console.print(report.sample_panel(held_out, text))
+    report.print_paths(console, outcome.checkpoint, plots, outcome.directory)

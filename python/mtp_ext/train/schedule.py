@@ -1,0 +1,80 @@
+"""How long a run is and what its learning rate is on the way: functions of the progress alone, so that a resumed run
+continues the same curve."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a run ends: at the first limit that it reaches. ``None`` is no limit; at least one is set.
+
+    Attributes:
+        max_steps: Optimiser steps.
+        max_seconds: Wall-clock seconds of the training loop, over all resumed parts.
+        max_tokens: Trained positions (tokens that the trunk has seen, repeats included).
+    """
+
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    max_tokens: int | None = None
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint.
+
+    Attributes:
+        step: Optimiser steps done.
+        tokens: Positions trained on.
+        seconds: Wall-clock seconds spent in the training loop, over all parts of the run.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def fraction(self, limits: Limits) -> float:
+        """The largest fraction of a limit that is used up, in ``[0, 1]``.
+
+        With limits in steps or tokens only, this is the same on every machine; with one in seconds, the schedule
+        follows the clock and always ends at its end.
+        """
+        used = [
+            done / limit
+            for done, limit in (
+                (self.step, limits.max_steps),
+                (self.tokens, limits.max_tokens),
+                (self.seconds, limits.max_seconds),
+            )
+            if limit is not None
+        ]
+        return min(1.0, max(used))
+
+    def state_dict(self) -> dict[str, float]:
+        """The fields, for the checkpoint."""
+        return asdict(self)
+
+
+def learning_rate_factor(
+    step: int, fraction: float, *, warmup_steps: int, decay_ratio: float, decay: Literal["cosine", "linear"] = "cosine"
+) -> float:
+    """The learning rate of the next step as a fraction of its peak (Gloeckle et al. 2024, appendix M).
+
+    ``min(1, (step + 1) / warmup_steps) * (decay_ratio + (1 - decay_ratio) * shape(fraction))``: a linear warmup times
+    a decay over the whole run. The warmup counts steps, since how many steps fit in a time limit is not known at the
+    start, and the decay counts the fraction of the run, for the same reason.
+
+    Args:
+        step: Steps already done.
+        fraction: Fraction of the run that is done, in ``[0, 1]``.
+        warmup_steps: Steps of linear warmup; 0 is none.
+        decay_ratio: Factor at the end of the run.
+        decay: Shape of the decay.
+    """
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
+    shape = 0.5 * (1.0 + math.cos(math.pi * fraction)) if decay == "cosine" else 1.0 - fraction
+    return warmup * (decay_ratio + (1.0 - decay_ratio) * shape)

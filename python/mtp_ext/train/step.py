@@ -1,0 +1,107 @@
+"""One optimiser step: forward and backward of every micro-batch, clipping, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtp_ext.nn import MTPModel
+from mtp_ext.ops import MultiTokenLoss
+from mtp_ext.train.config import LossConfig
+from mtp_ext.train.data import IGNORE_INDEX, Batch
+from mtp_ext.train.device import Compute
+from mtp_ext.train.metrics import HeadMetrics, HeadTotals
+from mtp_ext.train.optim import Optimizers
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient norm is infinite or not a number; the parameters are still those of the step before."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured.
+
+    Attributes:
+        heads: The loss over all micro-batches, before the update.
+        grad_norm: Norm of the whole gradient before clipping.
+    """
+
+    heads: HeadMetrics
+    grad_norm: float
+
+
+def train_step(
+    model: MTPModel,
+    optimizers: Optimizers,
+    batches: Sequence[Batch],
+    compute: Compute,
+    loss: LossConfig,
+    factor: float,
+) -> StepResult:
+    """Takes one step on micro-batches; the result is that of all their rows in one batch.
+
+    Args:
+        model: The model.
+        optimizers: Its optimisers.
+        batches: The micro-batches.
+        compute: Where and in what precision.
+        loss: Head weights and schedule.
+        factor: The learning rate as a fraction of its peak.
+    Raises:
+        NotFiniteError: The loss or the gradient is not finite; nothing is updated.
+    """
+    totals = HeadTotals(loss.head_weights)
+    shares = head_weights(batches, model.config.n_future, loss.head_weights)
+    for batch, share in zip(batches, shares, strict=True):
+        tokens, labels, document_ids, weights = (t.to(compute.device, non_blocking=True) for t in (*batch, share))
+        with compute.autocast():
+            result = model(
+                tokens, labels=labels, document_ids=document_ids, head_weights=weights, schedule=loss.schedule
+            )
+        assert isinstance(result, MultiTokenLoss)
+        result.loss.backward()  # type: ignore[no-untyped-call]
+        totals.add(result)
+    grad_norm = float(optimizers.clip_gradients())
+    heads = totals.metrics()
+    if not (heads.is_finite and math.isfinite(grad_norm)):
+        losses = ", ".join(f"{x:.4g}" for x in heads.head_loss)
+        raise NotFiniteError(f"the loss is not finite (per head: {losses}; gradient norm: {grad_norm:.4g})")
+    optimizers.step(factor)
+    return StepResult(heads, grad_norm)
+
+
+def head_weights(batches: Sequence[Batch], n_future: int, weights: Sequence[float] | None) -> list[Tensor]:
+    """The weight of every head in each micro-batch, such that the sum of the micro-batches' losses is the loss of the
+    whole batch: a head's loss is a mean over its targets, and micro-batches differ in how many they have.
+
+    Args:
+        batches: ``m`` micro-batches.
+        n_future: ``n``.
+        weights: Weight of each head in the objective; ``None`` is 1 each.
+    Returns:
+        ``m`` tensors ``[n]`` float64.
+    """
+    objective = torch.ones(n_future, dtype=torch.float64) if weights is None else torch.tensor(weights).double()
+    if len(batches) == 1:
+        return [objective]
+    counts = torch.stack([count_targets(batch, n_future) for batch in batches]).double()  # [m, n]
+    return list(objective * counts / counts.sum(0).clamp(min=1))
+
+
+def count_targets(batch: Batch, n_future: int) -> Tensor:
+    """The number of targets of each head, ``[n]`` int64: those that exist, count, and are in their position's text."""
+    seq_len = batch.tokens.shape[1]
+    return torch.stack(
+        [
+            (
+                (batch.labels[:, k : k + seq_len] != IGNORE_INDEX)
+                & (batch.document_ids[:, k : k + seq_len] == batch.document_ids[:, :seq_len])
+            ).sum()
+            for k in range(1, n_future + 1)
+        ]
+    )

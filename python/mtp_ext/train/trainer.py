@@ -1,0 +1,137 @@
+"""A run in memory, and its way to the disk and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mtp_ext.nn import MTPModel
+from mtp_ext.train.checkpoint import (
+    Checkpoint,
+    load_model_state,
+    load_training_state,
+    prune_checkpoints,
+    write_checkpoint,
+)
+from mtp_ext.train.config import TrainConfig
+from mtp_ext.train.data import Dataset, TrainingStream
+from mtp_ext.train.device import Compute
+from mtp_ext.train.evaluate import Evaluation, evaluate
+from mtp_ext.train.optim import Optimizers
+from mtp_ext.train.resume import CHECKPOINTS
+from mtp_ext.train.saved_model import write_description
+from mtp_ext.train.schedule import Progress, learning_rate_factor
+from mtp_ext.train.step import StepResult, train_step
+
+
+class Trainer:
+    """A run in memory: model, optimisers, data order, random generators and progress.
+
+    Args:
+        config: The run.
+        directory: Where its records and checkpoints go.
+        dataset: The tokenised corpus.
+        model: The model, on its device.
+        compute: Where and in what precision.
+    """
+
+    def __init__(
+        self, config: TrainConfig, directory: Path, dataset: Dataset, model: MTPModel, compute: Compute
+    ) -> None:
+        self.config, self.dataset, self.model, self.compute = config, dataset, model, compute
+        self.checkpoints = directory / CHECKPOINTS
+        self.optimizers = Optimizers(model, config.optim)
+        batch = config.batch
+        self.stream = TrainingStream(
+            dataset, "train", batch.seq_len, model.config.n_future, batch.batch_size, config.seed
+        )
+        self.progress = Progress()
+        self.has_validation = "validation" in dataset.splits
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Takes the whole state of a checkpoint.
+
+        Raises:
+            ValueError: It was trained on another corpus or tokenizer.
+        """
+        state = load_training_state(checkpoint)
+        if state["dataset"] != self.dataset.fingerprint:
+            raise ValueError(
+                "resume: the corpus or its tokenizer is not the checkpoint's: files of data.source were changed, added "
+                "or removed since. Restore them to continue the run, or start a new one"
+            )
+        self.model.load_state_dict(load_model_state(checkpoint))
+        self.optimizers.load_state_dict(state["optimizers"])
+        self.stream.load_state_dict(state["stream"])
+        self.progress = Progress(**state["progress"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.compute.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.compute.device)
+
+    def save(self, validation_loss: float | None = None) -> Checkpoint:
+        """Writes a checkpoint of this moment and deletes those that are no longer kept."""
+        on_gpu = self.compute.device.type == "cuda"
+        state = {
+            "dataset": self.dataset.fingerprint,
+            "optimizers": self.optimizers.state_dict(),
+            "stream": self.stream.state_dict(),
+            "progress": self.progress.state_dict(),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.compute.device) if on_gpu else None,
+            },
+        }
+        checkpoint = write_checkpoint(
+            self.checkpoints,
+            self.progress.step,
+            self.model.state_dict(),
+            state,
+            validation_loss=validation_loss,
+            write_extra=lambda path: write_description(path, self.config, self.model.config, self.dataset.tokenizer),
+        )
+        settings = self.config.checkpoint
+        prune_checkpoints(self.checkpoints, settings.keep_last, keep_best=settings.keep_best)
+        return checkpoint
+
+    def evaluate(self, batches: int) -> Evaluation:
+        """Validates on at most ``batches`` batches; 0 takes the whole split."""
+        return evaluate(
+            self.model,
+            self.dataset,
+            self.compute,
+            seq_len=self.config.batch.seq_len,
+            batch_size=self.config.evaluation.batch_size,
+            batches=batches,
+            schedule=self.config.loss.schedule,
+            head_weights=self.config.loss.head_weights,
+        )
+
+    def position(self) -> dict[str, float]:
+        """Where the run is, for the record: tokens, passes over the training split, seconds of training."""
+        return {"tokens": self.progress.tokens, "epochs": self.stream.epochs, "seconds": self.progress.seconds}
+
+    def learning_rate_factor(self) -> float:
+        """The learning rate of the next step as a fraction of its peak."""
+        schedule = self.config.schedule
+        return learning_rate_factor(
+            self.progress.step,
+            self.progress.fraction(self.config.limits),
+            warmup_steps=schedule.warmup_steps,
+            decay_ratio=schedule.decay_ratio,
+            decay=schedule.decay,
+        )
+
+    def step(self) -> StepResult:
+        """Takes the next step.
+
+        Raises:
+            NotFiniteError: The loss or the gradient is not finite; the model is still that of the step before.
+        """
+        self.model.train()
+        batches = [next(self.stream) for _ in range(self.config.batch.accumulation)]
+        factor = self.learning_rate_factor()
+        result = train_step(self.model, self.optimizers, batches, self.compute, self.config.loss, factor)
+        self.progress.step += 1
+        self.progress.tokens += self.config.tokens_per_step
+        return result

@@ -1,0 +1,86 @@
+"""No tensor of the size of the logits is ever allocated, and heads add no more than their parameters to the peak."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Make = Callable[..., Any]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "joint", "autograd"])
+@pytest.mark.parametrize("n_future", [1, 8])
+def test_logits_are_never_whole(n_future: int, schedule: str, make_model: Make, make_batch: Make) -> None:
+    batch, seq_len, vocab_size = 3, 400, 2000
+    model = make_model(n_future, vocab_size=vocab_size, dtype=torch.float32)
+    tokens, labels = make_batch(n_future, batch, seq_len, vocab_size)
+    with LargestTensor() as seen:
+        model(tokens, labels, schedule=schedule).loss.backward()
+    if schedule == "autograd":
+        assert seen.numel >= batch * seq_len * vocab_size, "the detector is blind"
+    else:
+        assert seen.numel < batch * seq_len * vocab_size
+        # The chunk of logits is the largest thing, and its size does not grow with the number of heads.
+        assert seen.numel <= 1024 * vocab_size
+
+
+@pytest.mark.parametrize("n_future", [1, 8])
+def test_a_given_workspace_bounds_every_tensor(n_future: int, make_model: Make, make_batch: Make) -> None:
+    model = make_model(n_future, vocab_size=2000, dtype=torch.float32)
+    tokens, labels = make_batch(n_future, 2, 300, 2000)
+    with LargestTensor() as seen:
+        model(tokens, labels, chunk_rows=50).loss.backward()
+    assert seen.numel == 50 * 2000
+
+
+STEP = r"""
+import json, re, sys
+import torch
+from mtp_ext.nn import MTPConfig, MTPModel
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+n, schedule = int(sys.argv[1]), sys.argv[2]
+config = MTPConfig(vocab_size=32000, d_model=64, n_layers=2 + n, n_attn_heads=2, n_future=n)
+model = MTPModel(config)
+labels = torch.randint(config.vocab_size, (2, 768 + n))
+peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+before = peak()
+model(labels[:, :768], labels, schedule=schedule).loss.backward()
+print(json.dumps({"before": before, "step": peak() - before, "heads": config.parameter_counts()["heads"] * 4}))
+"""
+
+
+def measure_step(n_future: int, schedule: str) -> dict[str, int]:
+    """Bytes of resident memory that one training step of a fresh process adds to its peak."""
+    command = [sys.executable, "-c", STEP, str(n_future), schedule]
+    measured: dict[str, int] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return measured
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
+def test_eight_heads_peak_like_one_but_for_their_gradients() -> None:
+    one, eight = measure_step(1, "sequential"), measure_step(8, "sequential")
+    assert one["step"] > 80 << 20, "the step is too small to measure"
+    # The parameters of the heads were there before the step; a gradient of the same size comes in it.
+    assert eight["step"] <= 1.1 * one["step"] + eight["heads"] - one["heads"]

@@ -1,0 +1,135 @@
+"""A checkpoint is whole or it is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_ext.train import checkpoint as module
+from mtp_ext.train.checkpoint import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    STATE_FILE,
+    list_checkpoints,
+    load_model_state,
+    load_training_state,
+    prune_checkpoints,
+    read_checkpoint,
+    resolve_checkpoint,
+    write_checkpoint,
+)
+
+
+def write(directory: Path, step: int, loss: float | None = None) -> Path:
+    weights = {"w": torch.full((2, 3), float(step))}
+    return write_checkpoint(directory, step, weights, {"step": step}, validation_loss=loss).path
+
+
+def test_it_reads_back_what_was_written(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"rng": torch.get_rng_state(), "progress": {"step": 3, "seconds": 1.5}, "list": [1, "a"]}
+    weights = {"w": torch.randn(3, 4).T, "b": torch.randn(2, dtype=torch.float64)}
+    written = write_checkpoint(
+        tmp_path, 3, weights, state, validation_loss=2.5, write_extra=lambda d: (d / "note").write_text("x") and None
+    )
+    assert (read := read_checkpoint(written.path)) == written
+    assert read is not None and (read.step, read.validation_loss) == (3, 2.5)
+    loaded = load_model_state(written)
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[k], weights[k]) for k in weights)
+    assert torch.equal(load_training_state(written).pop("rng"), state["rng"])
+    assert (written.path / "note").read_text() == "x"
+
+
+def test_tied_weights_are_written_under_both_names(tmp_path: Path) -> None:
+    shared = torch.randn(4, 2)
+    loaded = load_model_state(write_checkpoint(tmp_path, 1, {"embed": shared, "unembed": shared}, {}))
+    assert torch.equal(loaded["embed"], shared) and torch.equal(loaded["unembed"], shared)
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, STATE_FILE, MANIFEST_FILE])
+@pytest.mark.parametrize("damage", ["absent", "short"])
+def test_a_damaged_one_is_ignored(tmp_path: Path, name: str, damage: str) -> None:
+    write(tmp_path, 1)
+    file = write(tmp_path, 2) / name
+    if damage == "absent":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: -1 if name != MANIFEST_FILE else -10])
+    assert [c.step for c in list_checkpoints(tmp_path)] == [1]
+    assert resolve_checkpoint(tmp_path).step == 1
+
+
+@pytest.mark.parametrize("stage", ["save_file", "_synchronise"])
+def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    write(tmp_path, 1)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, stage, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rename that overtakes the data leaves an empty checkpoint after a power cut."""
+    events: list[str] = []
+    rename = module.os.rename
+    monkeypatch.setattr(module, "_synchronise", lambda path: events.append(path.name))
+    monkeypatch.setattr(module.os, "rename", lambda a, b: (events.append("rename"), rename(a, b))[1])
+    path = write(tmp_path, 1)
+    before = events[: events.index("rename")]
+    assert {p.name for p in path.iterdir()} <= set(before)
+    assert events[events.index("rename") + 1 :] == [tmp_path.name]
+
+
+def test_the_same_step_is_kept_as_it_is(tmp_path: Path) -> None:
+    first = write(tmp_path, 1)
+    write_checkpoint(tmp_path, 1, {"w": torch.zeros(1)}, {})
+    assert load_model_state(resolve_checkpoint(first))["w"].shape == (2, 3)
+
+
+def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    (write(tmp_path, 1) / MODEL_FILE).unlink()
+    assert read_checkpoint(write(tmp_path, 1)) is not None
+
+
+def test_the_last_are_kept(tmp_path: Path) -> None:
+    for step in (8, 16, 120, 99_999_999, 100_000_000):
+        write(tmp_path, step)
+    prune_checkpoints(tmp_path, 3, keep_best=False)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [120, 99_999_999, 100_000_000]
+
+
+def test_the_best_is_kept_beside_the_last(tmp_path: Path) -> None:
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 1.5)):
+        write(tmp_path, step, loss)
+    prune_checkpoints(tmp_path, 1, keep_best=True)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [2, 5]
+
+
+def test_leftovers_are_cleared_and_other_files_are_not(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    for name in (".writing-step-00000002-ab", ".removing-step-00000000-cd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MODEL_FILE).write_bytes(b"x")
+    (tmp_path / "mine").mkdir()
+    prune_checkpoints(tmp_path, 1, keep_best=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "step-00000001"]
+
+
+def test_a_run_means_its_latest_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(tmp_path / "checkpoints", step)
+    assert resolve_checkpoint(tmp_path).step == 2
+    assert resolve_checkpoint(tmp_path / "checkpoints" / "step-00000001").step == 1
+
+
+def test_no_checkpoint_is_an_error_that_names_the_path(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere does not exist"):
+        resolve_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"has no whole checkpoint"):
+        resolve_checkpoint(tmp_path)

@@ -1,0 +1,97 @@
+"""One step: micro-batches add up to the batch, and nothing moves on a loss that is not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtp_ext.nn import MTPModel
+from mtp_ext.ops import MultiTokenLoss
+from mtp_ext.train.config import LossConfig, OptimConfig
+from mtp_ext.train.data import Batch, TrainingStream
+from mtp_ext.train.optim import Optimizers
+from mtp_ext.train.step import NotFiniteError, count_targets, head_weights, train_step
+from tests.train.tiny import CPU, tiny_config, tiny_dataset, tiny_model
+
+
+def whole_batch(root: Path, rows: int) -> Batch:
+    """Rows that differ in their numbers of targets: documents end in some of them, and the split ends in one."""
+    config = tiny_config(root)
+    stream = TrainingStream(tiny_dataset(config), "train", 24, 2, rows, seed=3)
+    batch = next(stream)
+    batch.labels[0, 5:] = -100
+    return batch
+
+
+def fresh(root: Path) -> MTPModel:
+    config = tiny_config(root)
+    return tiny_model(config, tiny_dataset(config)).double()
+
+
+def parts(batch: Batch, size: int) -> list[Batch]:
+    chunks = [t.split(size) for t in batch]
+    return [Batch(*members) for members in zip(*chunks, strict=True)]
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 0.25)])
+@pytest.mark.parametrize("schedule", ["sequential", "joint", "autograd"])
+def test_accumulated_gradients_equal_those_of_one_large_batch(
+    tmp_path: Path, weights: tuple[float, ...] | None, schedule: str
+) -> None:
+    """Unequal micro-batches: a mean of means would be wrong here."""
+    batch = whole_batch(tmp_path, 8)
+    gradients = []
+    for batches in ([batch], parts(batch, 3)):
+        model = fresh(tmp_path)
+        for part, share in zip(batches, head_weights(batches, 2, weights), strict=True):
+            result = model(part.tokens, part.labels, part.document_ids, head_weights=share, schedule=schedule)
+            assert isinstance(result, MultiTokenLoss)
+            result.loss.backward()  # type: ignore[no-untyped-call]
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert a is not None and b is not None
+        assert (a - b).abs().max() <= 1e-12 * a.abs().max()
+
+
+def test_a_step_reports_what_one_large_batch_would(tmp_path: Path) -> None:
+    batch, results = whole_batch(tmp_path, 8), []
+    for batches in ([batch], parts(batch, 3)):
+        model = fresh(tmp_path)
+        loss = LossConfig(head_weights=(1.0, 0.25))
+        results.append(train_step(model, Optimizers(model, OptimConfig()), batches, CPU, loss, 1.0))
+    whole, summed = results
+    assert summed.grad_norm == pytest.approx(whole.grad_norm, rel=1e-12)
+    assert summed.heads.loss == pytest.approx(whole.heads.loss, rel=1e-12)
+    assert summed.heads.head_loss == pytest.approx(whole.heads.head_loss, rel=1e-12)
+    assert summed.heads.top1 == pytest.approx(whole.heads.top1, rel=1e-6)  # float32 fractions
+    assert summed.heads.n_valid == whole.heads.n_valid
+    assert whole.heads.loss == pytest.approx(whole.heads.head_loss[0] + 0.25 * whole.heads.head_loss[1], rel=1e-12)
+
+
+def test_targets_are_counted_as_the_loss_counts_them(tmp_path: Path) -> None:
+    batch, model = whole_batch(tmp_path, 8), fresh(tmp_path)
+    result = model(batch.tokens, labels=batch.labels, document_ids=batch.document_ids)
+    assert isinstance(result, MultiTokenLoss)
+    assert torch.equal(count_targets(batch, 2), result.n_valid)
+    assert result.n_valid[1] < result.n_valid[0] < batch.tokens.numel()
+
+
+def test_a_loss_that_is_not_finite_updates_nothing(tmp_path: Path) -> None:
+    batch, model = whole_batch(tmp_path, 4), fresh(tmp_path)
+    with torch.no_grad():
+        model.unembed.weight[3, 0] = float("inf")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(NotFiniteError, match="the loss is not finite"):
+        train_step(model, Optimizers(model, OptimConfig()), [batch], CPU, LossConfig(), 1.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path: Path) -> None:
+    batch, model = whole_batch(tmp_path, 4), fresh(tmp_path)
+    model.embed.weight.register_hook(lambda grad: grad * float("nan"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(NotFiniteError, match="gradient norm: nan"):
+        train_step(model, Optimizers(model, OptimConfig()), [batch], CPU, LossConfig(), 1.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -26,6 +26,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STATE = VENV / "mtp_ext-state.json"
 LOG = VENV / "setup.log"
+CONSTRAINTS = VENV / "constraints.txt"
+PIP = (PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "-c", CONSTRAINTS)
 BUILD_VARIABLES = ("MTP_EXT_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CXX")
 
 
@@ -98,13 +100,12 @@ def make_venv(torch: str | None) -> None:
 def install(torch: str | None, extras: list[str]) -> None:
     """torch and the build tools first: the extension builds against what is installed, without isolation."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = VENV / "constraints.txt"
-    pinned.write_text("\n".join(f"torch=={torch}" if torch and x.startswith("torch==") else x for x in lines) + "\n")
-    pip = (PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "-c", pinned)
-    run("Installing torch" if torch is None else f"Checking torch {torch}", *pip, "torch")
-    run("Installing the build tools", *pip, "setuptools", "ninja", "packaging", "pybind11")
+    pins = (f"torch=={torch}" if torch and line.startswith("torch==") else line for line in lines)
+    CONSTRAINTS.write_text("\n".join(pins) + "\n")
+    run("Installing torch" if torch is None else f"Checking torch {torch}", *PIP, "torch")
+    run("Installing the build tools", *PIP, "setuptools", "ninja", "packaging", "pybind11")
     target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
-    run("Building the extension, installing the rest", *pip, "--no-build-isolation", "-e", target)
+    run("Building the extension, installing the rest", *PIP, "--no-build-isolation", "-e", target)
 
 
 def main() -> None:
@@ -135,12 +136,16 @@ def main() -> None:
     build = digest(ROOT / "setup.py", ROOT / "cmake" / "default_archs.txt", *native, *variables)
     built = (ROOT / "python" / "mtp_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
 
-    if state.get("packages") != packages or state.get("extras") != extras:
+    if state.get("packages") != packages:
         install(torch, extras)
         record(packages=packages, extras=extras, build=build)
-    elif state.get("build") != build or not built:
+        return
+    if state.get("build") != build or not built:
         run("Building the extension", PYTHON, "setup.py", "build_ext", "--inplace")
         record(build=build)
+    if state.get("extras") != extras:  # of the package as it is installed: nothing is built again
+        run(f"Installing what {', '.join(extras)} need", *PIP, f"mtp_ext[{','.join(extras)}]")
+        record(extras=extras)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ TRUNK_LAYERS = 2
 def step(model: MTPModel, tokens: Tensor, labels: Tensor, schedule: str) -> Tensor:
     model.zero_grad(set_to_none=True)
     loss: Tensor = model(tokens, labels, schedule=schedule).loss
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 

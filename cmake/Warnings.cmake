@@ -4,7 +4,7 @@ set(MTP_EXT_SANITIZE "" CACHE STRING "Sanitizers for the native code, e.g. addre
 function(mtp_ext_own_code target)
   target_compile_features(${target} PUBLIC cxx_std_17)
   set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF POSITION_INDEPENDENT_CODE ON)
-  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Werror>)
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror>)
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo -Xptxas=-v,--warn-on-spills --Werror=all-warnings -Xcompiler=-Wall,-Wextra>)
   if(MTP_EXT_SANITIZE)

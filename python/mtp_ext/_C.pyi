@@ -1,2 +1,2 @@
 def build_info() -> dict[str, bool | int | str]:
-    """How this extension was built (``cuda``, ``cxx_standard``, ``compiler``) and what it runs on (``cpu_capability``)."""
+    """How this was built (``cuda``, ``cxx_standard``, ``compiler``) and what it runs on (``cpu_capability``)."""

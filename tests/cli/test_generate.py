@@ -77,7 +77,7 @@ def test_an_empty_prompt_begins_a_document(trained: Path, capsys: pytest.Capture
 
 def test_too_many_tokens_are_cut_with_a_word(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--checkpoint", str(trained), "--prompt", "a" * 90, "--max-new-tokens", "50"]) == 0
-    assert "only 6 tokens fit" in capsys.readouterr().err
+    assert "stopped after 6 tokens" in capsys.readouterr().err
 
 
 def test_characters_of_several_tokens_are_written_whole() -> None:

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mtp_ext.nn import MTPModel
 
 Make = Callable[..., Any]
 
@@ -61,12 +64,12 @@ from mtp_ext.nn import MTPConfig, MTPModel
 torch.set_num_threads(1)
 torch.manual_seed(0)
 n, schedule = int(sys.argv[1]), sys.argv[2]
-config = MTPConfig(vocab_size=32000, d_model=64, n_layers=2 + n, n_attn_heads=2, n_future=n)
+config = MTPConfig(vocab_size=32000, d_model=32, n_layers=2 + n, n_attn_heads=2, n_future=n)
 model = MTPModel(config)
-labels = torch.randint(config.vocab_size, (2, 768 + n))
+labels = torch.randint(config.vocab_size, (2, 640 + n))
 peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 before = peak()
-model(labels[:, :768], labels, schedule=schedule).loss.backward()
+model(labels[:, :640], labels, schedule=schedule).loss.backward()
 print(json.dumps({"before": before, "step": peak() - before, "heads": config.parameter_counts()["heads"] * 4}))
 """
 
@@ -80,7 +83,35 @@ def measure_step(n_future: int, schedule: str) -> dict[str, int]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
 def test_eight_heads_peak_like_one_but_for_their_gradients() -> None:
+    """Resident memory, of the step alone: what the process held before it would hide a growth."""
     one, eight = measure_step(1, "sequential"), measure_step(8, "sequential")
     assert one["step"] > 80 << 20, "the step is too small to measure"
     # The parameters of the heads were there before the step; a gradient of the same size comes in it.
     assert eight["step"] <= 1.1 * one["step"] + eight["heads"] - one["heads"]
+
+
+def allocated_peak(model: MTPModel, tokens: Tensor, labels: Tensor) -> int:
+    """Most bytes of tensors alive at once in a training step, beyond those alive before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(tokens, labels).loss.backward()
+    alive = peak = 0
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+def test_tensors_alive_do_not_grow_with_the_heads(make_model: Make, make_batch: Make) -> None:
+    """Exact, unlike resident memory: activations are those of one head; gradients and bookkeeping are what is added."""
+    peaks = {}
+    for n_future in (1, 8):
+        model = make_model(n_future, vocab_size=500, dtype=torch.float32)
+        tokens, labels = make_batch(n_future, 2, 600, 500)
+        model(tokens, labels).loss.backward()
+        model.zero_grad()
+        heads = 4 * model.config.parameter_counts()["heads"]
+        tables = n_future * tokens.numel() * 64  # a row's index, loss, log-sum-exp, prediction and the like
+        peaks[n_future] = allocated_peak(model, tokens, labels) - heads - tables
+    assert peaks[8] <= peaks[1]

@@ -232,6 +232,16 @@ def test_small_and_empty_batches(shape: tuple[int, int], make_model: Make) -> No
     assert model(tokens).shape == (*shape, 37)
 
 
+def test_the_trunk_compiles_to_one_graph(make_model: Make, make_batch: Make) -> None:
+    model = make_model(2, n_layers=3)
+    tokens, labels = make_batch(2)
+    document_ids = (torch.arange(labels.shape[1]) // 5).expand_as(labels)
+    compiled = torch.compile(model.trunk, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(tokens, document_ids), model.trunk(tokens, document_ids), rtol=1e-12, atol=1e-12
+    )
+
+
 def test_int32_tokens(make_model: Make, make_batch: Make) -> None:
     model = make_model(2)
     tokens, labels = make_batch(2)

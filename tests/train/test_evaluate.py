@@ -46,12 +46,11 @@ def test_other_text_is_measured_in_the_models_tokens(tmp_path: Path, capsys: pyt
     assert printed["n_valid"][0] == size  # each byte is a target but each file's first, and so is each separator
 
 
-def test_a_changed_corpus_with_a_learnt_tokenizer_is_refused(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, max_steps=1)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="bpe:300"))
-    run(config)
+def test_a_changed_corpus_is_refused(tmp_path: Path) -> None:
+    """Another validation split would give other numbers without a word."""
+    run(tiny_config(tmp_path, max_steps=1))
     write_corpus(tmp_path / "corpus", seed=5)
-    with pytest.raises(ValueError, match="its corpus gives another tokenizer now"):
+    with pytest.raises(ValueError, match=r"the corpus or its tokenizer is not that of .*; pass --source"):
         evaluate_command(["--checkpoint", str(tmp_path / "run")])
 
 

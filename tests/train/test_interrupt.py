@@ -17,20 +17,26 @@ from mtp_ext.train.config import CheckpointConfig, OptimConfig
 from mtp_ext.train.interrupt import StopRequest
 from mtp_ext.train.loop import TrainingFailedError
 from mtp_ext.train.record import read_metrics
-from tests.train.processes import n_lines, start_training, wait_for
+from tests.train.processes import TrainingProcess, n_lines
 from tests.train.tiny import run, tiny_config
 
 MANY_STEPS = 100_000
 
 
+def latest_step(directory: Path) -> int:
+    """Of the last whole checkpoint of a run; 0 without one."""
+    return max((c.step for c in list_checkpoints(directory / "checkpoints")), default=0)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     config = tiny_config(tmp_path, max_steps=MANY_STEPS)
-    process = start_training(config)
-    wait_for(lambda: n_lines(tmp_path / "run" / "metrics.jsonl") >= 3, process)
-    process.send_signal(number)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number, output
+    training = TrainingProcess(config)
+    training.wait_for(lambda: n_lines(tmp_path / "run" / "metrics.jsonl") >= 3)
+    assert training.process.pid is not None
+    os.kill(training.process.pid, number)
+    assert training.wait() == 128 + number, training.output
+    output = training.output
     assert "Traceback" not in output
     assert f"{number.name}: finishing this step and writing a checkpoint" in output
     assert f"continue with: mtp train --resume {tmp_path / 'run'}" in output
@@ -61,14 +67,13 @@ def test_a_killed_run_goes_on_from_a_whole_checkpoint(tmp_path: Path) -> None:
         tmp_path, max_steps=MANY_STEPS, checkpoint=CheckpointConfig(every_seconds=0, every_steps=1, keep_last=2)
     )
     directory, step = tmp_path / "run", 0
-    for _ in range(3):
-        process = start_training(config, "--resume", "auto", "--out", str(directory))
-        written = n_lines(directory / "metrics.jsonl")
-        wait_for(lambda: n_lines(directory / "metrics.jsonl") > written + 2, process)  # noqa: B023
+    for _ in range(5):
+        training = TrainingProcess(config, "--resume", "auto", "--out", str(directory))
+        training.wait_for(lambda: latest_step(directory) > step + 2)  # noqa: B023
         time.sleep(chance.uniform(0.0, 0.1))
-        process.kill()
-        output = process.communicate(timeout=60)[0]
-        assert "Traceback" not in output
+        training.process.kill()
+        assert training.wait() == -signal.SIGKILL
+        assert "Traceback" not in training.output
         checkpoint = list_checkpoints(directory / "checkpoints")[-1]
         assert checkpoint.step > step
         step = checkpoint.step
@@ -116,7 +121,7 @@ def test_a_limit_in_seconds_ends_the_run(tmp_path: Path, monkeypatch: pytest.Mon
     config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, warmup_steps=0))
     run(config)
     train = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
-    assert 40.0 <= train[-1]["seconds"] < 44.0
+    assert 38.0 <= train[-1]["seconds"] < 44.0  # a step looks at the clock a few times
     assert 5 < len(train) < 40
     assert train[0]["lr"] == config.optim.lr
     assert train[-1]["lr"] < 0.1 * config.optim.lr

@@ -17,7 +17,7 @@ from mtp_ext.train.device import choose_compute
 from mtp_ext.train.evaluate import evaluate
 from mtp_ext.train.report import accept_line, evaluation_table, facts_table
 from mtp_ext.train.run import default_cache
-from mtp_ext.train.saved_model import TOKENIZER_DIRECTORY, SavedModel, load_saved_model
+from mtp_ext.train.saved_model import TOKENIZER_DIRECTORY, SavedModel, check_dataset, load_saved_model
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,7 @@ def prepare(command: EvaluateCommand, saved: SavedModel) -> Dataset:
     cache = command.cache or saved.config.cache or default_cache()
     if command.source is None:
         dataset = prepare_data(saved.config.data, cache)
-        if dataset.tokenizer.fingerprint != saved.tokenizer.fingerprint:
-            raise ValueError(
-                "checkpoint: its corpus gives another tokenizer now: files of data.source were changed, added or "
-                "removed since it was trained; pass --source to measure on other text"
-            )
+        check_dataset(saved.checkpoint, dataset, "pass --source to measure on other text")
         return dataset
     config = dataclasses.replace(
         saved.config.data,

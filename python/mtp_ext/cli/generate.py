@@ -57,8 +57,6 @@ def run(arguments: Sequence[str]) -> int:
             f"prompt must be shorter than the model's longest sequence of {saved.model.config.max_seq_len} tokens, got "
             f"{len(ids)}"
         )
-    if command.max_new_tokens > room:
-        print(f"mtp generate: only {room} tokens fit the model's longest sequence", file=sys.stderr)
     stream = TextStream(saved.tokenizer, _write)
     generate(
         saved.model,
@@ -74,6 +72,8 @@ def run(arguments: Sequence[str]) -> int:
     )
     stream.close()
     _write("\n")
+    if command.max_new_tokens > room:
+        print(f"mtp generate: stopped after {room} tokens, the model's longest sequence", file=sys.stderr)
     return 0
 
 

@@ -7,7 +7,6 @@ import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 
 import torch
 import tyro
@@ -41,7 +40,7 @@ def sections() -> dict[str, list[tuple[str, str]]]:
     """What the command shows: labels and values, by section."""
     built = {key: str(value) for key, value in mtp_ext.build_info().items()}
     versions = [
-        ("mtp_ext", metadata.version("mtp_ext")),
+        ("mtp_ext", mtp_ext.__version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
     ]

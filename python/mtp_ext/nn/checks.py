@@ -1,7 +1,8 @@
-"""Checks of what a user gives a model. Ranges of values are looked at on the CPU only, where it costs nothing."""
+"""Checks of what a user gives a model. Values are looked at on the CPU only, where that is free, outside graphs."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mtp_ext.nn.config import MTPConfig
@@ -16,7 +17,7 @@ def check_tokens(tokens: Tensor, config: MTPConfig, *, past: int = 0) -> None:
     if past + tokens.shape[1] > config.max_seq_len:
         before = f" after {past} cached ones" if past else ""
         raise ValueError(f"tokens must be at most max_seq_len={config.max_seq_len} long, got {tokens.shape[1]}{before}")
-    if tokens.device.type == "cpu" and tokens.numel() > 0:
+    if tokens.device.type == "cpu" and tokens.numel() > 0 and not torch.compiler.is_compiling():
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"tokens must be in [0, {config.vocab_size}), got values from {low} to {high}")

@@ -52,6 +52,7 @@ class Loop:
         self._fraction_before = trainer.progress.fraction(trainer.config.limits)
         self._step_seconds, self._step_tokens = 0.0, 0
         self._last_save = self._start
+        self._pending: dict[str, Any] | None = None  # the last step's record, until it is written
 
     def run(self) -> Ending:
         """Steps until a limit of the configuration or a signal; the last step gets a checkpoint.
@@ -62,14 +63,13 @@ class Loop:
         trainer, limits = self.trainer, self.trainer.config.limits
         with StopRequest() as stop:
             while stop.received is None and trainer.progress.fraction(limits) < 1.0:
-                result, factor = self._step()
-                finished = trainer.progress.fraction(limits) >= 1.0
-                self._record(result, factor, last=finished)
+                self._step()
                 loss = self._validate()
                 if self._checkpoint_is_due(loss):
                     trainer.save(loss)
                     self._last_save = time.perf_counter()
                 trainer.progress.seconds = self._seconds()
+            self._write_record()
             trainer.save()
         speed = self._step_tokens / self._step_seconds if self._step_seconds else 0.0
         return Ending(stop.received, speed, memory_bytes(trainer.compute.device))
@@ -78,8 +78,8 @@ class Loop:
         """Seconds of training over all parts of the run."""
         return self._seconds_before + time.perf_counter() - self._start
 
-    def _step(self) -> tuple[StepResult, float]:
-        """One step and the learning-rate factor that it took."""
+    def _step(self) -> None:
+        """Takes a step, records it if it is time to, and shows it."""
         factor = self.trainer.learning_rate_factor()
         before = time.perf_counter()
         try:
@@ -89,7 +89,11 @@ class Loop:
         self._step_seconds += time.perf_counter() - before
         self._step_tokens += self.trainer.config.tokens_per_step
         self.trainer.progress.seconds = self._seconds()
-        return result, factor
+        self._pending = self._values(result, factor)
+        step = self.trainer.progress.step
+        if step == 1 or step % self.trainer.config.logging.every_steps == 0:
+            self._write_record()
+        self._show(result)
 
     def _explain(self, error: NotFiniteError) -> str:
         """What to do about a loss that is not finite."""
@@ -100,24 +104,31 @@ class Loop:
             "(--optim.lr, --optim.muon-lr) or a longer warmup (--schedule.warmup-steps) usually helps"
         )
 
-    def _record(self, result: StepResult, factor: float, *, last: bool) -> None:
-        """Records and shows a step."""
-        trainer, progress = self.trainer, self.trainer.progress
-        speed = self._step_tokens / self._step_seconds
-        if last or progress.step == 1 or progress.step % trainer.config.logging.every_steps == 0:
-            values: dict[str, Any] = {
-                **trainer.position(),
-                **result.heads.as_dict(),
-                "grad_norm": result.grad_norm,
-                "lr": factor * trainer.config.optim.lr,
-                "tokens_per_second": speed,
-                "memory_bytes": memory_bytes(trainer.compute.device),
-            }
-            self.record.write("train", progress.step, values)
-        fraction = progress.fraction(trainer.config.limits)
+    def _values(self, result: StepResult, factor: float) -> dict[str, Any]:
+        """The record of a step."""
+        return {
+            **self.trainer.position(),
+            **result.heads.as_dict(),
+            "grad_norm": result.grad_norm,
+            "lr": factor * self.trainer.config.optim.lr,
+            "tokens_per_second": self._step_tokens / self._step_seconds,
+            "memory_bytes": memory_bytes(self.trainer.compute.device),
+        }
+
+    def _write_record(self) -> None:
+        """Writes the record of the last step, once."""
+        if self._pending is not None:
+            self.record.write("train", self.trainer.progress.step, self._pending)
+        self._pending = None
+
+    def _show(self, result: StepResult) -> None:
+        """Shows how far the run is, and how well the last step did."""
+        progress = self.trainer.progress
+        fraction = progress.fraction(self.trainer.config.limits)
         gained = fraction - self._fraction_before
         left = (1.0 - fraction) * (progress.seconds - self._seconds_before) / gained if gained > 0 else None
         losses = " ".join(f"{loss:.2f}" for loss in result.heads.head_loss)
+        speed = self._step_tokens / self._step_seconds
         status = f"step {progress.step}  loss per head {losses}  {speed:,.0f} tokens/s"
         self.display.update(fraction, left, status)
 

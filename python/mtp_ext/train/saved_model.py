@@ -12,10 +12,11 @@ from mtp_ext.nn import MTPConfig, MTPModel
 from mtp_ext.train.checkpoint import Checkpoint, load_model_state, resolve_checkpoint
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.config_file import read_config, write_config
-from mtp_ext.train.data import Tokenizer, load_tokenizer
+from mtp_ext.train.data import Dataset, Tokenizer, load_tokenizer
 
 MODEL_CONFIG_FILE = "model.json"
 TOKENIZER_DIRECTORY = "tokenizer"
+DATASET_FILE = "dataset.json"
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,33 @@ class SavedModel:
     model: MTPModel
 
 
-def write_description(directory: Path, config: TrainConfig, model: MTPConfig, tokenizer: Tokenizer) -> None:
+def write_description(directory: Path, config: TrainConfig, model: MTPConfig, dataset: Dataset) -> None:
     """Writes everything that a checkpoint needs beside its tensors."""
     write_config(config, directory)
     (directory / MODEL_CONFIG_FILE).write_text(json.dumps(model.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (directory / DATASET_FILE).write_text(json.dumps(dataset.manifest, indent=2) + "\n", encoding="utf-8")
     (directory / TOKENIZER_DIRECTORY).mkdir()
-    tokenizer.save(directory / TOKENIZER_DIRECTORY)
+    dataset.tokenizer.save(directory / TOKENIZER_DIRECTORY)
+
+
+def check_dataset(checkpoint: Checkpoint, dataset: Dataset, remedy: str) -> None:
+    """Raises ValueError unless a corpus, its split and its tokenizer are those that the checkpoint was trained on.
+
+    Args:
+        checkpoint: The checkpoint.
+        dataset: What its configuration gives now.
+        remedy: The end of the message: what to do.
+    """
+    path = checkpoint.path / DATASET_FILE
+    try:
+        fingerprint = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint: {path} cannot be read ({error})") from None
+    if fingerprint != dataset.fingerprint:
+        raise ValueError(
+            f"checkpoint: the corpus or its tokenizer is not that of {checkpoint.path}: files of data.source were changed, "
+            f"added or removed since; {remedy}"
+        )
 
 
 def read_model_config(checkpoint: Checkpoint) -> MTPConfig:

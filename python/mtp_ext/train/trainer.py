@@ -20,7 +20,7 @@ from mtp_ext.train.device import Compute
 from mtp_ext.train.evaluate import Evaluation, evaluate
 from mtp_ext.train.optim import Optimizers
 from mtp_ext.train.resume import CHECKPOINTS
-from mtp_ext.train.saved_model import write_description
+from mtp_ext.train.saved_model import check_dataset, write_description
 from mtp_ext.train.schedule import Progress, learning_rate_factor
 from mtp_ext.train.step import StepResult, train_step
 
@@ -55,12 +55,8 @@ class Trainer:
         Raises:
             ValueError: It was trained on another corpus or tokenizer.
         """
+        check_dataset(checkpoint, self.dataset, "restore them to continue the run, or start a new one")
         state = load_training_state(checkpoint)
-        if state["dataset"] != self.dataset.fingerprint:
-            raise ValueError(
-                "resume: the corpus or its tokenizer is not the checkpoint's: files of data.source were changed, added "
-                "or removed since. Restore them to continue the run, or start a new one"
-            )
         self.model.load_state_dict(load_model_state(checkpoint))
         self.optimizers.load_state_dict(state["optimizers"])
         self.stream.load_state_dict(state["stream"])
@@ -73,7 +69,6 @@ class Trainer:
         """Writes a checkpoint of this moment and deletes those that are no longer kept."""
         on_gpu = self.compute.device.type == "cuda"
         state = {
-            "dataset": self.dataset.fingerprint,
             "optimizers": self.optimizers.state_dict(),
             "stream": self.stream.state_dict(),
             "progress": self.progress.state_dict(),
@@ -88,7 +83,7 @@ class Trainer:
             self.model.state_dict(),
             state,
             validation_loss=validation_loss,
-            write_extra=lambda path: write_description(path, self.config, self.model.config, self.dataset.tokenizer),
+            write_extra=lambda path: write_description(path, self.config, self.model.config, self.dataset),
         )
         settings = self.config.checkpoint
         prune_checkpoints(self.checkpoints, settings.keep_last, keep_best=settings.keep_best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ def write(directory: Path, step: int, loss: float | None = None) -> Path:
 def test_it_reads_back_what_was_written(tmp_path: Path) -> None:
     state: dict[str, Any] = {"rng": torch.get_rng_state(), "progress": {"step": 3, "seconds": 1.5}, "list": [1, "a"]}
     weights = {"w": torch.randn(3, 4).T, "b": torch.randn(2, dtype=torch.float64)}
-    written = write_checkpoint(
-        tmp_path, 3, weights, state, validation_loss=2.5, write_extra=lambda d: (d / "note").write_text("x") and None
-    )
+
+    def write_note(directory: Path) -> None:
+        (directory / "note").write_text("x")
+
+    written = write_checkpoint(tmp_path, 3, weights, state, validation_loss=2.5, write_extra=write_note)
     assert (read := read_checkpoint(written.path)) == written
     assert read is not None and (read.step, read.validation_loss) == (3, 2.5)
     loaded = load_model_state(written)
@@ -77,9 +80,14 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rename that overtakes the data leaves an empty checkpoint after a power cut."""
     events: list[str] = []
-    rename = module.os.rename
+    rename = os.rename
+
+    def record_rename(old: Path, new: Path) -> None:
+        events.append("rename")
+        rename(old, new)
+
     monkeypatch.setattr(module, "_synchronise", lambda path: events.append(path.name))
-    monkeypatch.setattr(module.os, "rename", lambda a, b: (events.append("rename"), rename(a, b))[1])
+    monkeypatch.setattr(os, "rename", record_rename)
     path = write(tmp_path, 1)
     before = events[: events.index("rename")]
     assert {p.name for p in path.iterdir()} <= set(before)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ext.train import loop as loop_module
 from mtp_ext.train.checkpoint import list_checkpoints, load_model_state, load_training_state
 from mtp_ext.train.config import CheckpointConfig, OptimConfig
 from mtp_ext.train.interrupt import StopRequest
@@ -116,7 +115,7 @@ def test_a_limit_in_seconds_ends_the_run(tmp_path: Path, monkeypatch: pytest.Mon
         now += 0.5
         return now
 
-    monkeypatch.setattr(loop_module.time, "perf_counter", clock)
+    monkeypatch.setattr(time, "perf_counter", clock)
     config = tiny_config(tmp_path, max_steps=None, max_seconds=40.0)
     config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, warmup_steps=0))
     run(config)

@@ -107,13 +107,13 @@ def test_records_are_thinned_but_keep_the_first_and_the_last(tmp_path: Path) -> 
 
 
 def test_tensorboard_holds_the_losses(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     logging = LoggingConfig(every_steps=1, tensorboard=True, plots=False, sample_tokens=0)
     run(tiny_config(tmp_path, max_steps=3, logging=logging))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()  # type: ignore[no-untyped-call]
-    losses = events.Scalars("train/head_loss/head2")  # type: ignore[no-untyped-call]
+    events.Reload()
+    losses = events.Scalars("train/head_loss/head2")
     recorded = [r["head_loss"][1] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
     assert [e.step for e in losses] == [1, 2, 3]
     assert [e.value for e in losses] == pytest.approx(recorded, rel=1e-6)

@@ -31,7 +31,7 @@ def fresh(root: Path) -> MTPModel:
 
 
 def parts(batch: Batch, size: int) -> list[Batch]:
-    chunks = [t.split(size) for t in batch]
+    chunks = [torch.split(t, size) for t in batch]
     return [Batch(*members) for members in zip(*chunks, strict=True)]
 
 
@@ -90,7 +90,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(tmp_path: Path) -> None:
 
 def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path: Path) -> None:
     batch, model = whole_batch(tmp_path, 4), fresh(tmp_path)
-    model.embed.weight.register_hook(lambda grad: grad * float("nan"))
+    model.embed.weight.register_hook(lambda grad: grad * float("nan"))  # type: ignore[no-untyped-call]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(NotFiniteError, match="gradient norm: nan"):
         train_step(model, Optimizers(model, OptimConfig()), [batch], CPU, LossConfig(), 1.0)

@@ -60,8 +60,8 @@ def check_dataset(checkpoint: Checkpoint, dataset: Dataset, remedy: str) -> None
         raise ValueError(f"checkpoint: {path} cannot be read ({error})") from None
     if fingerprint != dataset.fingerprint:
         raise ValueError(
-            f"checkpoint: the corpus or its tokenizer is not that of {checkpoint.path}: files of data.source were changed, "
-            f"added or removed since; {remedy}"
+            f"checkpoint: the corpus or its tokenizer is not that of {checkpoint.path}: files of data.source were "
+            f"changed, added or removed since; {remedy}"
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from mtp_ext.nn import MTPConfig
+from mtp_ext.nn.variants import VARIANTS
 from mtp_ext.train.data import DataConfig
 from mtp_ext.train.schedule import Limits
 
@@ -21,7 +22,7 @@ DEFAULT_TRUNK_LAYERS = 2
 DEFAULT_HEAD_DIM = 64
 FREE = {"resume": "free"}
 
-Variant = Literal["parallel", "linear", "replicated", "causal", "anticausal"]
+Variant = Literal["parallel", "linear", "replicated", "causal", "anticausal", "sequential_modules", "shared"]
 
 
 def _check_at_least(minimum: float, prefix: str, config: object, *names: str) -> None:
@@ -49,7 +50,8 @@ class ModelConfig:
     n_future: int = 4
     """Number of predicted tokens n: head k predicts the k-th token ahead."""
     variant: Variant = "parallel"
-    """Architecture of the heads (the paper's appendix B)."""
+    """Architecture of the heads: the paper's five (appendix B), DeepSeek-V3's modules, or n targets on a row of
+    logits."""
     d_model: int | None = None
     """Model width (default: the preset's, else the default run's)."""
     n_layers: int | None = None
@@ -64,6 +66,10 @@ class ModelConfig:
     """Longest sequence that the model takes, in tokens (default: four training sequences)."""
     tie_embeddings: bool = False
     """Whether the unembedding is the embedding."""
+    replicate_unembedding: bool = False
+    """One unembedding for each head, as the replicated variant always has."""
+    dropout: float = 0.0
+    """Probability of dropping what a layer adds to the residual stream."""
     shared_final_norm: bool = False
     """One final RMSNorm for all heads instead of one each."""
     rope_theta: float = 10_000.0
@@ -81,7 +87,7 @@ class ModelConfig:
         if preset is not None:
             return MTPConfig.preset(preset, vocab_size=vocab_size, **given)
         d_model = self.d_model or DEFAULT_D_MODEL
-        heads = 0 if self.variant in ("linear", "replicated") else self.n_future
+        heads = VARIANTS[self.variant].n_layers(self.n_future)
         shape = {
             "d_model": d_model,
             "n_layers": DEFAULT_TRUNK_LAYERS + heads,

@@ -24,9 +24,11 @@ from mtp_ext.ops.result import MultiTokenLoss
 
 def sequential_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:
     """Loss and metrics of all heads, gradients ready; arguments as of ``multi_token_loss``."""
+    chains = chains_to_run(heads, targets.active)
+    if all(chain[0] in targets.detach_heads for chain in chains):
+        hidden = hidden.detach()  # an input without a gradient would send zeros through the trunk
     # A parameter that several heads read is one input, and gets one gradient.
-    running = [k for chain in chains_to_run(heads, targets.active) for k in chain]
-    parameters = list({id(p): p for k in running for p in heads.parameters_of(k)}.values())
+    parameters = list({id(p): p for chain in chains for k in chain for p in heads.parameters_of(k)}.values())
     inputs = (hidden, weight, targets.head_weights, *parameters)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return MultiTokenLoss(*SequentialFunction.apply(heads, context, targets, *inputs))  # type: ignore[no-untyped-call]

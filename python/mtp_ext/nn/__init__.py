@@ -2,8 +2,10 @@
 
 from mtp_ext.nn.composed import ComposedModel
 from mtp_ext.nn.config import MTPConfig
+from mtp_ext.nn.conversion import convert
+from mtp_ext.nn.grow import add_heads
 from mtp_ext.nn.heads import Head
 from mtp_ext.nn.kv_cache import KVCache
 from mtp_ext.nn.model import MTPModel
 
-__all__ = ["ComposedModel", "Head", "KVCache", "MTPConfig", "MTPModel"]
+__all__ = ["ComposedModel", "Head", "KVCache", "MTPConfig", "MTPModel", "add_heads", "convert"]

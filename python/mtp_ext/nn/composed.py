@@ -154,6 +154,7 @@ class ComposedModel(MultiTokenModel):
         if weight.dim() == 3 and weight.shape[0] != len(made):
             raise ValueError(f"unembed must have a weight [n, V, D] with n = {len(made)}, got {describe(weight)}")
         super().__init__(trunk, Heads(made, unembed, variant=variant, width=width, softcap=softcap), unembed)
+        self.variant = variant
         self._has_context = callable(getattr(trunk, "context", None))
         parameters = list(inspect.signature(trunk.forward).parameters.values())
         self._takes_documents = len([p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]) >= 2

@@ -15,9 +15,9 @@ class LossWeights:
     """Head ``k``'s weight after the fraction ``f`` of a run.
 
     It is ``head_weights[k] * discount ** (k - 1) * w_k(f) * on_k(f)``. ``w_k`` runs piecewise linearly through
-    ``points`` and is constant before the first and after the last. ``on_k`` is 1 or 0: a forward curriculum begins with head 1 alone and adds the next head after each ``1/n`` of the run, a reverse
-    one begins with all heads and drops the last one after each ``1/n`` (Aynetdinov & Akbik 2025, arXiv 2505.22757). A
-    head whose weight is 0 does not run.
+    ``points`` and is constant before the first and after the last. ``on_k`` is 1 or 0: a forward curriculum begins with
+    head 1 alone and adds the next head after each ``1/n`` of the run, a reverse one begins with all heads and drops the
+    last one after each ``1/n`` (Aynetdinov & Akbik 2025, arXiv 2505.22757). A head whose weight is 0 does not run.
 
     The object is part of the training state. The fraction never falls: a run that is resumed with a higher limit, of
     which less is done, goes on with the heads that it had.

@@ -95,6 +95,7 @@ class ManyRowsLoss:
         """As of the protocol. All heads at once share chunks."""
         if len(outputs) == self._n_heads:
             grads = self._accumulator.add_all([outputs[k] for k in sorted(outputs)])
+            assert isinstance(grads, list), "a list of heads gives a list of gradients"
             return dict(zip(sorted(outputs), grads, strict=True))
         return {k: self._accumulator.add(k, output) for k, output in outputs.items()}
 

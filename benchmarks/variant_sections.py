@@ -8,7 +8,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from benchmarks.bench_variants import config_of
 from benchmarks.tables import DOCS, Row, load, machine, table
 
 MEBIBYTE = 2**20
@@ -53,18 +52,16 @@ def memory_picture(rows: Sequence[Row], target: Path) -> None:
 
 
 def head_slope(rows: Sequence[Row]) -> float | None:
-    """MiB per head between the fewest and the most heads, without a gradient of the heads' own parameters."""
+    """MiB per head between the fewest and the most heads.
+
+    The gradients of the heads' own parameters are not in it: a step frees those of the step before it, as many bytes.
+    """
     known = [r for r in rows if r["peak_extra_bytes"] is not None]
     if len({r["n"] for r in known}) < 2:
         return None
     low, high = min(known, key=lambda r: r["n"]), max(known, key=lambda r: r["n"])
-
-    def activations(row: Row) -> int:
-        counts = config_of(row["variant"], row["n"], row).parameter_counts()
-        return int(row["peak_extra_bytes"]) - 4 * (counts["heads"] + counts["unembed"])
-
-    n_more: int = high["n"] - low["n"]
-    return (activations(high) - activations(low)) / n_more / MEBIBYTE
+    slope: float = (high["peak_extra_bytes"] - low["peak_extra_bytes"]) / (high["n"] - low["n"]) / MEBIBYTE
+    return slope
 
 
 def grouped(rows: Sequence[Row]) -> list[list[Row]]:
@@ -100,8 +97,8 @@ def variants_section(path: Path) -> str:
     return (
         f"\n## The architectures: memory of a training step\n\n{machine(env, path)}\n"
         f"B·S = {shape['B'] * shape['S']}, D = {shape['D']}, V = {shape['V']}, float32. MiB that a step adds to what "
-        "was there before it; per head, without the heads' own gradients. One hidden state of all positions, B·S·D, is "
-        f"{state:.2f} MiB; the logits of one head, B·S·V, are {logits:.0f} MiB.\n\n"
+        "was there before it (of which the gradients of the step before are freed). One hidden state of all positions, "
+        f"B·S·D, is {state:.2f} MiB; the logits of one head, B·S·V, are {logits:.0f} MiB.\n\n"
         f"![Peak memory against n]({picture.name})\n\n"
         + table(names | heads | {"slope": "per head"}, memory)
         + "\n### Time of the same steps\n\nMilliseconds, and in brackets how many times as fast as plain autograd in "

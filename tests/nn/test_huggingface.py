@@ -154,6 +154,27 @@ def test_a_frozen_model_stays_as_it_is_under_new_heads(make_batch: Make) -> None
     assert all(torch.equal(value, before[name]) for name, value in lm.state_dict().items())
 
 
+@pytest.mark.parametrize("variant", ["parallel", "causal"])
+def test_gradient_checkpointing_of_transformers(variant: str, make_batch: Make, relative_error: Error) -> None:
+    """A head's layer then runs again while its gradient is taken, outside the swap of its parameters."""
+    lm = make_lm("Llama").train()
+    model = from_huggingface(lm, 3, variant, "random")
+    batch = make_batch(3)
+    model(*batch).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    runs: list[int] = []
+    lm.model.layers[-1].mlp.register_forward_pre_hook(lambda *args: runs.append(1))
+    model.zero_grad()
+    model(*batch).loss.backward()
+    assert len(runs) == 2
+    for name, p in model.named_parameters():
+        assert relative_error(p.grad, expected[name]) < 1e-12, name
+
+
 def test_a_copy_stands_alone(make_batch: Make) -> None:
     model = from_huggingface(make_lm("Llama"), 2)
     tokens, _ = make_batch(2)

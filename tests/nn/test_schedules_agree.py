@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext.nn import MTPModel, attention
+from tests.nn.conftest import ALL_VARIANTS
 
 Make = Callable[..., Any]
 Error = Callable[[Tensor, Tensor], float]
@@ -135,8 +136,11 @@ def test_everything_frozen_has_no_graph(make_model: Make, make_batch: Make) -> N
     assert not model(tokens, labels).loss.requires_grad
 
 
-def test_heads_alone_on_a_given_hidden_state(make_model: Make, make_batch: Make, relative_error: Error) -> None:
-    model = make_model(3)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_heads_alone_on_a_given_hidden_state(
+    variant: str, make_model: Make, make_batch: Make, relative_error: Error
+) -> None:
+    model = make_model(3, variant=variant)
     tokens, labels = make_batch(3)
     document_ids = (torch.arange(labels.shape[1]) // 4).expand_as(labels)
     hidden = model.trunk(tokens, document_ids).detach().requires_grad_()

@@ -70,8 +70,12 @@ def test_the_training_table_shows_mean_and_spread(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("benchmarks.tables.DOCS", tmp_path / "docs")
     row = {"variant": "linear", "parameters": 3_050_000, "steps": 9, "tokens": 9216, "accept_length": 1.5}
     row |= {"tokens_per_second": 4000.0, "peak_bytes": 300 << 20}
-    rows = [{**row, "seed": seed, "head_loss": [loss, 4.0]} for seed, loss in enumerate((3.0, 3.1, 3.5))]
+    rows = [
+        {**row, "seed": seed, "head_loss": [loss, 4.0], "first_head_loss": [3.4, 7.0]}
+        for seed, loss in enumerate((3.0, 3.1, 3.5))
+    ]
     text = variant_sections.training_section(written(tmp_path / "train_variants.json", rows))
     (line,) = [line for line in text.splitlines() if line.startswith("| linear")]
     assert "| 3.05 | 3.200 (3.000-3.500) | 4.000 (4.000-4.000) | 1.500 (1.500-1.500) | 4000" in line
+    assert "In 2 of 3 runs every head ends below" in text
     assert "9 steps, 9,216 tokens" in text and "3 seeds" in text

@@ -117,6 +117,29 @@ def test_recomputing_runs_all_but_the_last_head_twice(variant: str, make_model: 
     )
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["no_grad", "only the unembedding learns"])
+@pytest.mark.parametrize("variant", ["causal", "anticausal", "sequential_modules"])
+def test_without_a_gradient_in_the_heads_each_runs_once(
+    variant: str, frozen: bool, make_model: Make, make_batch: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if it would run again in training; and no output waits for another head's."""
+    model = make_model(3, variant=variant)
+    model.heads.recompute = True
+    batch = make_batch(3)
+    expected = model(*batch)
+    events = watched(model)
+    watch_losses(events, monkeypatch)
+    if frozen:
+        model.requires_grad_(False)
+        model.unembed.requires_grad_(True)
+    with torch.set_grad_enabled(frozen):
+        result = model(*batch)
+    away = (3, 2, 1) if variant == "anticausal" else (1, 2, 3)
+    assert events == [f"{what} {k}" for k in away for what in ("forward", "loss")]
+    for name in ("loss", "head_loss", "top1", "accept_length"):
+        assert torch.equal(getattr(result, name), getattr(expected, name)), name
+
+
 @pytest.mark.parametrize("variant", ["parallel", "causal", "anticausal"])
 @pytest.mark.parametrize("schedule", ["sequential", "joint", "autograd"])
 def test_a_head_of_weight_zero_does_not_run(

@@ -149,6 +149,9 @@ class _Sweep:
     def run(self) -> MultiTokenLoss:
         """Forward along each chain of heads, and back from its end."""
         for chain in chains_to_run(self.heads, self.loss.heads):
+            if not self.sums:
+                self._measure(chain)
+                continue
             kept = self._forward(chain)
             grad: Tensor | None = None
             while kept:
@@ -158,6 +161,14 @@ class _Sweep:
             if grad is not None and self.sums.wants(self.hidden):
                 self.sums.add(self.hidden, grad)
         return self.loss.result()
+
+    def _measure(self, chain: tuple[int, ...]) -> None:
+        """The chain's losses where no gradient is wanted in a head: nothing has to wait for a way back."""
+        x = self.hidden.detach()
+        for k in chain:
+            head = self._record(k, x)
+            self._backward(head, None)
+            x = head.state
 
     def _forward(self, chain: tuple[int, ...]) -> list[_Recorded | _Kept]:
         """The chain's heads in order; what their backwards need."""

@@ -15,6 +15,11 @@ def debug_checks(enabled: bool) -> bool:
         enabled: Whether to check from now on.
     Returns:
         The previous setting.
+
+    Example:
+        >>> before = debug_checks(True)
+        >>> debug_checks(before)
+        True
     """
     global _enabled
     previous, _enabled = _enabled, bool(enabled)

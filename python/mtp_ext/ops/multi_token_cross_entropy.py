@@ -79,6 +79,14 @@ def multi_token_cross_entropy(
     Raises:
         TypeError, ValueError: An argument of wrong type, dtype, shape, device or range; a target that is no class.
 
+    Example:
+        >>> n, B, S, D, V = 2, 1, 4, 8, 100
+        >>> hidden, weight = torch.zeros(n, B, S, D, requires_grad=True), torch.zeros(V, D, requires_grad=True)
+        >>> out = multi_token_cross_entropy(hidden, weight, torch.tensor([[3, 1, 4, 1, 5, 9]]))
+        >>> out.loss.backward()
+        >>> [round(x, 4) for x in out.head_loss.tolist()], out.n_valid.tolist()
+        ([4.6052, 4.6052], [4, 4])
+
     Reference: Gloeckle et al. 2024, Better & Faster Large Language Models via Multi-token Prediction, section 2.
     """
     stacked = isinstance(hidden, Tensor)

@@ -5,13 +5,12 @@
 
 #include "core/loss_rows_params.h"
 #include "kernels/numeric.cuh"
+#include "kernels/reduce.cuh"
 #include "kernels/vector_row.cuh"
 
 namespace mtp {
 
 constexpr int kLossThreads = 512;
-constexpr unsigned kFullMask = 0xffffffffu;
-constexpr int kWarp = 32;
 constexpr int kLossWarps = kLossThreads / kWarp;
 constexpr int kNowhere = 0x7fffffff;  // no position yet: loses every comparison for the first of equals
 

@@ -39,7 +39,7 @@ def select_rows(
     """The rows that carry a target.
 
     Returns:
-        ``rows`` ``[n * B * S]`` int64 (the flat indices of those that count, ascending, then unspecified), ``counts``
+        ``rows`` ``[n * B * S]`` int64 (the flat indices of those that count, ascending, then -1), ``counts``
         ``[n]`` int64, and ``first_invalid`` ``[1]`` int64: the flat index into ``labels`` of a target outside
         ``[0, vocab_size)``, or -1.
     """

@@ -84,8 +84,11 @@ __global__ void __launch_bounds__(kThreads) place_rows_kernel(const __grid_const
   if (threadIdx.x == 0 && blockIdx.x == 0) p.counts[blockIdx.y] = totals.of_head;
   if (threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0) {
     const int64_t row = totals.first_invalid_row;
-    const TargetRule::Location at = p.rule.locate(row == kNoRow ? 0 : row);
-    *p.first_invalid = row == kNoRow ? -1 : at.b * p.rule.label_len + p.rule.column(at);
+    *p.first_invalid = -1;
+    if (row != kNoRow) {
+      const TargetRule::Location at = p.rule.locate(row);
+      *p.first_invalid = at.b * p.rule.label_len + p.rule.column(at);
+    }
   }
   const Tile tile(p.rule);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;

@@ -95,16 +95,16 @@ void thread_main() {
   self.fiber.finish();
 }
 
-void on_bad_access(int) {
+void on_signal(int signal) {
   if (current == nullptr) {
-    static const char message[] = "emulator: out-of-bounds access by the host\n";
+    static const char message[] = "emulator: a fault of the host's own\n";
     if (write(STDERR_FILENO, message, sizeof(message) - 1) < 0) _exit(kErrorStatus + 1);
     _exit(kErrorStatus);
   }
-  fail("out-of-bounds access");
+  fail(signal == SIGFPE ? "arithmetic fault" : "out-of-bounds access");
 }
 
-void catch_bad_accesses() {
+void catch_faults() {
   static std::vector<char> stack(64 << 10);
   static bool installed = false;
   if (installed) return;
@@ -114,10 +114,11 @@ void catch_bad_accesses() {
   alternative.ss_size = stack.size();
   sigaltstack(&alternative, nullptr);
   struct sigaction action{};
-  action.sa_handler = on_bad_access;
+  action.sa_handler = on_signal;
   action.sa_flags = SA_ONSTACK;
   sigaction(SIGSEGV, &action, nullptr);
   sigaction(SIGBUS, &action, nullptr);
+  sigaction(SIGFPE, &action, nullptr);
 }
 
 class Scheduler {
@@ -178,27 +179,54 @@ class Scheduler {
     }
   }
 
+  // A warp runs for as long as one of its threads can, then the next one; a block for as long as one of its warps can.
+  // So whoever passes a barrier first gets far ahead of the others, which is where a missing barrier shows.
   void finish() {
-    std::vector<Thread*> order;
-    for (Thread& thread : threads_) order.push_back(&thread);
-    for (size_t running = order.size(); running > 0;) {
-      arrange_round(order);
-      size_t resumed = 0;
-      for (Thread* thread : order) {
-        if (thread->done || (thread->waits_at != nullptr && thread->waits_at->generation != thread->waits_for))
-          continue;
-        ++resumed;
-        enter(*thread);
-        thread->fiber.resume();
-        if (thread->done) --running;
-      }
-      if (resumed == 0) report_deadlock();
+    std::vector<std::vector<std::vector<Thread*>>> blocks(cluster_size_);
+    for (Thread& thread : threads_) {
+      auto& warps = blocks[thread.rank];
+      if (thread.lane == 0) warps.emplace_back();
+      warps.back().push_back(&thread);
+    }
+    for (auto& warps : blocks) {
+      for (auto& warp : warps) arrange(warp);
+      arrange(warps);
+    }
+    arrange(blocks);
+    running_ = threads_.size();
+    while (running_ > 0) {
+      bool progress = false;
+      for (auto& warps : blocks) progress = run_block(warps) || progress;
+      if (!progress) report_deadlock();
+      if (device().order == Order::kShuffled) arrange(blocks);
     }
   }
 
-  void arrange_round(std::vector<Thread*>& order) {
-    if (device().order == Order::kShuffled) std::shuffle(order.begin(), order.end(), rng_);
-    if (device().order == Order::kReverse && order.front() == threads_.data()) std::reverse(order.begin(), order.end());
+  bool run_block(std::vector<std::vector<Thread*>>& warps) {
+    bool any = false;
+    for (bool progress = true; progress; any = any || progress) {
+      progress = false;
+      for (auto& warp : warps) progress = run_warp(warp) || progress;
+      if (device().order == Order::kShuffled) arrange(warps);
+    }
+    return any;
+  }
+
+  bool run_warp(std::vector<Thread*>& warp) {
+    bool any = false;
+    for (bool progress = true; progress; any = any || progress) {
+      progress = false;
+      for (Thread* thread : warp) {
+        if (thread->done || (thread->waits_at != nullptr && thread->waits_at->generation != thread->waits_for))
+          continue;
+        progress = true;
+        enter(*thread);
+        thread->fiber.resume();
+        if (thread->done) --running_;
+      }
+      if (device().order == Order::kShuffled) arrange(warp);
+    }
+    return any;
   }
 
   static void enter(Thread& thread) {
@@ -225,6 +253,7 @@ class Scheduler {
   std::vector<Thread> threads_;
   std::unique_ptr<char[]> stacks_;
   Cluster blocks_;
+  size_t running_ = 0;  // threads that have not ended
 };
 
 }  // namespace
@@ -240,7 +269,7 @@ LaunchRecord& launch_record() {
 }
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const std::function<void()>& body) {
-  catch_bad_accesses();
+  catch_faults();
   kernel_body = &body;
   launch_record() = {launch_record().launches + 1, cluster, shared_bytes};
   Scheduler(grid, block, shared_bytes, cluster).run();

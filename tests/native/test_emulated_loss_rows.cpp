@@ -1,7 +1,4 @@
 // The CUDA row kernels of the loss, from their own source under the emulator, against the definition in long double.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "element.h"
 #include "emulator/device.h"
 #include "emulator/guarded_memory.h"
 #include "kernels/loss_rows.h"
@@ -26,34 +24,6 @@ using loss_problem::Problem;
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr float kUntouched = -7.0f;
 constexpr Order kOrders[] = {Order::kForward, Order::kReverse, Order::kShuffled};
-
-template <typename scalar_t>
-struct Element;
-template <>
-struct Element<float> {
-  static constexpr mtp::DType dtype = mtp::DType::kFloat32;
-  static constexpr double rounding = 0.0;
-  static float store(double x) { return static_cast<float>(x); }
-  static double load(float x) { return x; }
-};
-template <>
-struct Element<__nv_bfloat16> {
-  static constexpr mtp::DType dtype = mtp::DType::kBFloat16;
-  static constexpr double rounding = 1.0 / 256;  // one rounding to 8 bits is 2^-9; twice that
-  static __nv_bfloat16 store(double x) { return __float2bfloat16_rn(static_cast<float>(x)); }
-  static double load(__nv_bfloat16 x) { return __bfloat162float(x); }
-};
-template <>
-struct Element<__half> {
-  static constexpr mtp::DType dtype = mtp::DType::kFloat16;
-  static constexpr double rounding = 1.0 / 2048;
-  static __half store(double x) { return __float2half_rn(static_cast<float>(x)); }
-  static double load(__half x) { return __half2float(x); }
-};
-template <typename scalar_t>
-float rounded(float x) {
-  return static_cast<float>(Element<scalar_t>::load(Element<scalar_t>::store(x)));
-}
 
 // A problem in device memory. Every array ends at a guard page.
 template <typename scalar_t>
@@ -132,7 +102,7 @@ struct OnDevice {
 template <typename scalar_t, typename Gradient>
 void compare(const Problem& p, const OnDevice<scalar_t>& out, const Gradient& gradient) {
   constexpr double eps = 4e-6, own = 2e-5 + Element<scalar_t>::rounding;
-  const double smallest = sizeof(scalar_t) == 2 && Element<scalar_t>::dtype == mtp::DType::kFloat16 ? 6e-8 : 0.0;
+  constexpr double smallest = Element<scalar_t>::smallest;
   bool gradients_near = true;
   for (size_t r = 0; r < p.rows.size(); ++r) {
     const Expected e = p.expect(p.logits.data() + static_cast<int64_t>(r) * p.vocab, p.rows[r]);

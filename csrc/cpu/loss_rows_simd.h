@@ -2,265 +2,224 @@
 // includes the standard headers, switches the target instruction set on with a pragma, and then includes this file. So
 // everything here has internal linkage: an inline function with external linkage would be merged across the three
 // translation units, and a processor without AVX-512 could be handed its AVX-512 copy.
-// No include guard and no includes: see cpu/loss_rows_isa.h.
+// No include guard; the standard headers are those of cpu/loss_rows_isa.h.
+//
+// A row is walked in blocks that fit the L1 cache. One walk finds the maximum and the sum: each block's exponentials
+// are relative to the largest logit so far, and the second walk, which turns them into the gradient, corrects each
+// block's factor. A capped row keeps its logits instead, which its gradient needs, and takes the exponentials twice.
+#include "cpu/simd.h"
+
 namespace mtp {
 namespace {
 
-typedef float VFloat __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t VInt __attribute__((vector_size(kLanes * sizeof(float))));
-
-constexpr int64_t kBlock = 1024;  // elements that one float32 partial sum covers; a multiple of every unrolled stride
-constexpr int kUnroll = 4;        // independent accumulators, to hide the latency of add and max
-constexpr int64_t kStride = kUnroll * kLanes;
+constexpr int64_t kBlock = 1024;  // elements that one float32 partial sum covers
+constexpr int64_t kCacheLine = 64 / sizeof(float);
 static_assert(kBlock % kStride == 0, "a block is a whole number of unrolled strides");
 
-inline VFloat splat(float x) { return x - VFloat{}; }
+int64_t block_count(int64_t vocab_size) { return (vocab_size + kBlock - 1) / kBlock; }
 
-inline VFloat load(const float* p) {
-  VFloat v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
+// What a thread needs beside the rows; one for all of its rows.
+struct Scratch {
+  std::unique_ptr<float[]> shifts;   // [blocks], what each block's exponentials are relative to
+  std::unique_ptr<float[]> widened;  // [V], a bfloat16 row in float32
+  float largest[kBlock];             // a copy of the block that holds the maximum: the row itself is overwritten
+  int64_t largest_begin;
+  float largest_logit;
 
-inline void store(float* p, VFloat v) { std::memcpy(p, &v, sizeof(v)); }
+  explicit Scratch(const LossRowsParams<float>& p) : shifts(new float[static_cast<size_t>(block_count(p.vocab_size))]) {
+    if (p.dtype == DType::kBFloat16) widened.reset(new float[static_cast<size_t>(p.vocab_size)]);
+  }
 
-// The last count < kLanes elements; the other lanes hold `fill`.
-inline VFloat load_partial(const float* p, int64_t count, float fill) {
-  VFloat v = splat(fill);
-  std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(float));
-  return v;
-}
+  // Notes the block if it raises the maximum.
+  void offer(const float* x, int64_t begin, int64_t end, float block_max) {
+    if (!(block_max > largest_logit)) return;
+    largest_logit = block_max;
+    largest_begin = begin;
+    std::memcpy(largest, x + begin, static_cast<size_t>(end - begin) * sizeof(float));
+  }
 
-inline void store_partial(float* p, VFloat v, int64_t count) {
-  std::memcpy(p, &v, static_cast<size_t>(count) * sizeof(float));
-}
+  // The first index of the maximum; 0 for a row of NaN or -inf.
+  int64_t argmax() const {
+    if (largest_logit == -INFINITY) return 0;
+    int64_t v = 0;
+    while (largest[v] != largest_logit) ++v;
+    return largest_begin + v;
+  }
+};
 
-inline VFloat max(VFloat a, VFloat b) { return b > a ? b : a; }  // keeps a where b is NaN
-
-inline float reduce_max(VFloat v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
-}
-
-inline double reduce_add(VFloat v) {
-  double sum = 0.0;
-  for (int i = 0; i < kLanes; ++i) sum += static_cast<double>(v[i]);
-  return sum;
-}
-
-// exp(x) for x <= ~0: 2^n e^r with |r| <= ln2 / 2 and a minimax polynomial (relative error 3e-9 before rounding, 1.2e-7
-// after). Below -87.3 the result would be subnormal and is 0, as for -inf; NaN stays NaN.
-inline VFloat exp_nonpositive(VFloat x) {
-  const VFloat kMagic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  const VFloat shifted = x * splat(1.44269504f) + kMagic;
-  const VFloat n = shifted - kMagic;
-  VFloat r = x - n * splat(0.693359375f);  // ln 2 in two parts, the first exact in n * part
-  r = r - n * splat(-2.12194440e-4f);
-  VFloat q = splat(1.38145e-3f);
-  q = q * r + splat(8.36875e-3f);
-  q = q * r + splat(4.166839e-2f);
-  q = q * r + splat(1.666652e-1f);
-  q = q * r + splat(4.9999993e-1f);
-  const VFloat p = q * (r * r) + r + splat(1.0f);
-  VInt bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits << 23) + (127 << 23);
-  VFloat scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
-  return x < splat(-87.3f) ? splat(0.0f) : p * scale;
-}
-
-inline VFloat absolute(VFloat x) { return x < splat(0.0f) ? -x : x; }
-
-inline VFloat tanh(VFloat x) {
-  const VFloat a = absolute(x);
-  const VFloat e = exp_nonpositive(a * splat(-2.0f));
-  const VFloat large = (splat(1.0f) - e) / (splat(1.0f) + e);
-  const VFloat u = a * a;  // near 0 the quotient cancels: an odd minimax polynomial, relative error 4e-9
-  VFloat q = splat(-5.71704e-3f);
-  q = q * u + splat(2.065059e-2f);
-  q = q * u + splat(-5.37435e-2f);
-  q = q * u + splat(1.3331491e-1f);
-  q = q * u + splat(-3.3333284e-1f);
-  const VFloat small = q * u * a + a;
-  const VFloat magnitude = a < splat(0.625f) ? small : large;
-  return x < splat(0.0f) ? -magnitude : magnitude;
-}
-
-// Calls body(index, count) over [begin, end) in vectors; count < kLanes only at the end of the row.
-template <typename Body>
-inline void for_each_vector(int64_t begin, int64_t end, const Body& body) {
-  int64_t v = begin;
-  for (; v + kLanes <= end; v += kLanes) body(v, static_cast<int64_t>(kLanes));
-  if (v < end) body(v, end - v);
-}
-
-// x <- scale * (x + bias), then the cap. A pass of its own: only rows with these options pay for it.
-void transform_logits(float* x, const LossRowsParams<float>& p) {
+// x <- cap(scale * (x + bias)).
+template <bool kCapped>
+void transform_logits(float* x, const LossRowsParams<float>& p, int64_t begin, int64_t end) {
   const VFloat scale = splat(static_cast<float>(p.logit_scale));
-  const bool capped = p.softcap > 0.0;
-  const VFloat cap = splat(static_cast<float>(p.softcap)), inverse_cap = splat(static_cast<float>(1.0 / p.softcap));
-  for_each_vector(0, p.vocab_size, [&](int64_t v, int64_t count) {
-    const bool full = count == kLanes;
-    VFloat l = full ? load(x + v) : load_partial(x + v, count, 0.0f);
-    if (p.bias != nullptr) l = l + (full ? load(p.bias + v) : load_partial(p.bias + v, count, 0.0f));
+  const VFloat cap = splat(static_cast<float>(p.softcap));
+  const VFloat two_over_cap = splat(kCapped ? static_cast<float>(2.0 / p.softcap) : 0.0f);
+  for_each_vector(begin, end, [&](int64_t v, int64_t count) {
+    VFloat l = load(x + v, count, 0.0f);
+    if (p.bias != nullptr) l = l + load(p.bias + v, count, 0.0f);
     l = l * scale;
-    if (capped) l = cap * tanh(l * inverse_cap);
-    full ? store(x + v, l) : store_partial(x + v, l, count);
+    if (kCapped) l = cap * tanh_of_half(l * two_over_cap);
+    store(x + v, l, count);
   });
 }
 
-// The largest logit and its first index. The index is searched only in the block that raised the maximum.
-float find_max(const float* x, int64_t vocab_size, int32_t* index) {
-  float best = -INFINITY;
-  int64_t best_block = 0;
-  for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
-    const int64_t end = std::min(vocab_size, begin + kBlock);
-    VFloat m[kUnroll];
-    for (VFloat& acc : m) acc = splat(-INFINITY);
-    int64_t v = begin;
-    for (; v + kStride <= end; v += kStride)
-      for (int i = 0; i < kUnroll; ++i) m[i] = max(m[i], load(x + v + i * kLanes));
-    for_each_vector(v, end, [&](int64_t at, int64_t count) {
-      m[0] = max(m[0], count == kLanes ? load(x + at) : load_partial(x + at, count, -INFINITY));
-    });
-    const float block_max = reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
-    if (block_max > best) {
-      best = block_max;
-      best_block = begin;
-    }
-  }
-  *index = 0;
-  if (vocab_size == 0) return best;  // an empty shard
-  int64_t v = best_block;
-  const int64_t end = std::min(vocab_size, best_block + kBlock);
-  while (v + 1 < end && x[v] != best) ++v;
-  if (x[v] == best) *index = static_cast<int32_t>(v);  // a row of NaN has no maximum
-  return best;
+float find_max(const float* x, int64_t begin, int64_t end) {
+  VFloat m[kUnroll];
+  for (VFloat& acc : m) acc = splat(-INFINITY);
+  int64_t v = begin;
+  for (; v + kStride <= end; v += kStride)
+    for (int i = 0; i < kUnroll; ++i) m[i] = max(m[i], load(x + v + i * kLanes));
+  for_each_vector(v, end, [&](int64_t at, int64_t count) { m[0] = max(m[0], load(x + at, count, -INFINITY)); });
+  return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// sum_v exp(x_v - max), stored in place of x_v where asked.
+// sum_v exp(x_v - shift) over a block, stored in place of x_v where asked.
 template <bool kStore>
-double sum_exp(float* x, int64_t vocab_size, float max_logit) {
+double sum_exp(float* x, int64_t begin, int64_t end, float max_logit) {
   const VFloat shift = splat(max_logit);
-  double total = 0.0;
-  for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
-    const int64_t end = std::min(vocab_size, begin + kBlock);
-    VFloat sum[kUnroll];
-    for (VFloat& acc : sum) acc = splat(0.0f);
-    int64_t v = begin;
-    for (; v + kStride <= end; v += kStride) {
-      for (int i = 0; i < kUnroll; ++i) {
-        const VFloat e = exp_nonpositive(load(x + v + i * kLanes) - shift);
-        if (kStore) store(x + v + i * kLanes, e);
-        sum[i] = sum[i] + e;
-      }
+  VFloat sum[kUnroll];
+  for (VFloat& acc : sum) acc = splat(0.0f);
+  int64_t v = begin;
+  for (; v + kStride <= end; v += kStride) {
+    // The row comes from memory, and a processor's own prefetch stops at a page, which is a block.
+    for (int64_t line = 0; line < kStride; line += kCacheLine) __builtin_prefetch(x + v + kBlock + line);
+    for (int i = 0; i < kUnroll; ++i) {
+      const VFloat e = exp_nonpositive(load(x + v + i * kLanes) - shift);
+      if (kStore) store(x + v + i * kLanes, e);
+      sum[i] = sum[i] + e;
     }
-    for_each_vector(v, end, [&](int64_t at, int64_t count) {
-      const bool full = count == kLanes;
-      const VFloat e = exp_nonpositive((full ? load(x + at) : load_partial(x + at, count, -INFINITY)) - shift);
-      if (kStore) full ? store(x + at, e) : store_partial(x + at, e, count);
-      // A lane past the end holds exp(-inf - max): 0, or NaN for max = -inf, when the sum is NaN already.
-      sum[0] = sum[0] + e;
-    });
-    total += reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
-  return total;
-}
-
-// sum_v c_v x_v, for label smoothing.
-double weighted_logit_sum(const float* x, const float* class_weights, int64_t vocab_size) {
-  double total = 0.0;
-  for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
-    VFloat sum = splat(0.0f);
-    for_each_vector(begin, std::min(vocab_size, begin + kBlock), [&](int64_t v, int64_t count) {
-      const bool full = count == kLanes;
-      VFloat l = full ? load(x + v) : load_partial(x + v, count, 0.0f);
-      if (class_weights != nullptr)
-        l = l * (full ? load(class_weights + v) : load_partial(class_weights + v, count, 0.0f));
-      sum = sum + l;
-    });
-    total += reduce_add(sum);
-  }
-  return total;
-}
-
-// x holds exp(l - max) (kRecompute false) or l (true); leaves d/dx. The target's element is the caller's.
-template <bool kRecompute>
-void write_gradient(float* x, const LossRowsParams<float>& p, const RowLoss& row, float max_logit) {
-  const VFloat shift = splat(max_logit), scale = splat(static_cast<float>(p.logit_scale));
-  const VFloat inverse_cap = splat(p.softcap > 0.0 ? static_cast<float>(1.0 / p.softcap) : 0.0f);
-  const float uniform = static_cast<float>(row.uniform);
-  const bool plain = uniform == 0.0f && !kRecompute;
-  const VFloat factor = splat(static_cast<float>(plain ? row.prob_scale * p.logit_scale : row.prob_scale));
-  for_each_vector(0, p.vocab_size, [&](int64_t v, int64_t count) {
-    const bool full = count == kLanes;
-    const VFloat l = full ? load(x + v) : load_partial(x + v, count, 0.0f);
-    VFloat g = (kRecompute ? exp_nonpositive(l - shift) : l) * factor;
-    if (!plain) {
-      VFloat c = splat(uniform);
-      if (uniform != 0.0f && p.class_weights != nullptr)
-        c = c * (full ? load(p.class_weights + v) : load_partial(p.class_weights + v, count, 0.0f));
-      g = (g - c) * scale;
-      if (kRecompute) g = g * (splat(1.0f) - (l * inverse_cap) * (l * inverse_cap));
-    }
-    full ? store(x + v, g) : store_partial(x + v, g, count);
+  for_each_vector(v, end, [&](int64_t at, int64_t count) {
+    const VFloat e = exp_nonpositive(load(x + at, count, -INFINITY) - shift);
+    if (kStore) store(x + at, e, count);
+    sum[0] = sum[0] + e;
   });
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// Reads a row of logits. Leaves exp(l - max), or with a cap l, in x; the target's own element is undefined.
-RowStatistics row_statistics(float* x, const LossRowsParams<float>& p, int64_t target) {
-  const bool capped = p.softcap > 0.0;
-  if (capped || p.bias != nullptr || p.logit_scale != 1.0) transform_logits(x, p);
-  int32_t argmax = 0;
-  const float max_logit = find_max(x, p.vocab_size, &argmax);
-  RowStatistics stats{max_logit, 0.0, 0.0, 0.0, 0.0, static_cast<double>(p.vocab_start + argmax)};
-  if (p.options.label_smoothing > 0.0) stats.weighted_sum = weighted_logit_sum(x, p.class_weights, p.vocab_size);
-  if (p.holds(target)) {
-    const int64_t local = target - p.vocab_start;
-    stats.target_logit = x[local];
-    stats.target_class_weight = p.class_weight(local);
-    x[local] = -INFINITY;  // the sum over the others keeps its own precision: see core/row_loss.h
+// sum_v c_v x_v over a block, for label smoothing.
+double weighted_logit_sum(const float* x, const float* class_weights, int64_t begin, int64_t end) {
+  VFloat sum = splat(0.0f);
+  for_each_vector(begin, end, [&](int64_t v, int64_t count) {
+    const VFloat l = load(x + v, count, 0.0f);
+    sum = sum + (class_weights == nullptr ? l : l * load(class_weights + v, count, 0.0f));
+  });
+  return reduce_add(sum);
+}
+
+// One block of l, from the logits that the row came with.
+void read_block(float* x, const LossRowsParams<float>& p, int64_t begin, int64_t end, Scratch& scratch,
+                RowStatistics& stats) {
+  if (p.softcap > 0.0) {
+    transform_logits<true>(x, p, begin, end);
+  } else if (p.bias != nullptr || p.logit_scale != 1.0) {
+    transform_logits<false>(x, p, begin, end);
   }
-  const bool store = p.gradient == Gradient::kWrite && !capped;
-  // A shard may be all -inf where the row is not; (-inf) - (-inf) would make it NaN.
-  const float shift = max_logit == -INFINITY && p.stage == Stage::kStatistics ? 0.0f : max_logit;
-  stats.sum_others = store ? sum_exp<true>(x, p.vocab_size, shift) : sum_exp<false>(x, p.vocab_size, shift);
+  scratch.offer(x, begin, end, find_max(x, begin, end));
+  if (p.options.label_smoothing > 0.0) stats.weighted_sum += weighted_logit_sum(x, p.class_weights, begin, end);
+}
+
+// Adds a block to the sum, relative to `shift`, which it keeps; the target's element is left undefined.
+double sum_block(float* x, const LossRowsParams<float>& p, int64_t begin, int64_t end, int64_t target, float shift,
+                 Scratch& scratch, RowStatistics& stats) {
+  if (target >= begin && target < end) {
+    stats.target_logit = x[target];
+    stats.target_class_weight = p.class_weight(target);
+    x[target] = -INFINITY;  // the sum over the others keeps its own precision: see core/row_loss.h
+  }
+  scratch.shifts[static_cast<size_t>(begin / kBlock)] = shift;
+  // So far all may be -inf; (-inf) - (-inf) would make a sum NaN whose maximum comes later, or lies in another shard.
+  if (shift == -INFINITY) shift = 0.0f;
+  const bool store = p.gradient == Gradient::kWrite && p.softcap == 0.0;
+  return store ? sum_exp<true>(x, begin, end, shift) : sum_exp<false>(x, begin, end, shift);
+}
+
+// Reads a row of logits. Leaves exp(l - shift) of each block, or with a cap l, in x.
+RowStatistics row_statistics(float* x, const LossRowsParams<float>& p, int64_t target, Scratch& scratch) {
+  RowStatistics stats{-INFINITY, 0.0, 0.0, 0.0, 0.0, 0.0};
+  scratch.largest_logit = -INFINITY;
+  const int64_t local = p.holds(target) ? target - p.vocab_start : -1;
+  const bool whole = p.stage == Stage::kWhole;
+  float summed_to = -INFINITY;  // what sum_others is relative to
+  for (int64_t begin = 0; begin < p.vocab_size; begin += kBlock) {
+    const int64_t end = std::min(p.vocab_size, begin + kBlock);
+    read_block(x, p, begin, end, scratch, stats);
+    if (!whole) continue;
+    const float shift = scratch.largest_logit;
+    if (shift > summed_to) {
+      stats.sum_others *= std::exp(static_cast<double>(summed_to) - shift);
+      summed_to = shift;
+    }
+    stats.sum_others += sum_block(x, p, begin, end, local, shift, scratch, stats);
+  }
+  stats.max = scratch.largest_logit;
+  stats.argmax = static_cast<double>(p.vocab_start + scratch.argmax());
+  if (whole) return stats;
+  for (int64_t begin = 0; begin < p.vocab_size;
+       begin += kBlock)  // a shard's blocks share one shift, known to both stages
+    stats.sum_others +=
+        sum_block(x, p, begin, std::min(p.vocab_size, begin + kBlock), local, scratch.largest_logit, scratch, stats);
   return stats;
 }
 
-// Ends a row: tables, and the gradient in place of what row_statistics left in x.
+// x holds exp(l - shift) (kCapped false) or l (true); leaves d/dx over a block. `exp_scale` = d l_v / exp(...).
+template <bool kCapped>
+void write_gradient(float* x, const LossRowsParams<float>& p, int64_t begin, int64_t end, double exp_scale,
+                    float shift_by, double uniform) {
+  const VFloat shift = splat(shift_by), factor = splat(static_cast<float>(exp_scale * p.logit_scale));
+  const VFloat share = splat(static_cast<float>(uniform * p.logit_scale));
+  const VFloat inverse_cap = splat(kCapped ? static_cast<float>(1.0 / p.softcap) : 0.0f);
+  if (!kCapped && uniform == 0.0)
+    return for_each_vector(begin, end,
+                           [&](int64_t v, int64_t count) { store(x + v, load(x + v, count, 0.0f) * factor, count); });
+  const float* class_weights = uniform == 0.0 ? nullptr : p.class_weights;
+  for_each_vector(begin, end, [&](int64_t v, int64_t count) {
+    const VFloat l = load(x + v, count, 0.0f);
+    VFloat g = (kCapped ? exp_nonpositive(l - shift) : l) * factor;
+    g = g - (class_weights == nullptr ? share : share * load(class_weights + v, count, 0.0f));
+    if (kCapped) g = g - g * ((l * inverse_cap) * (l * inverse_cap));
+    store(x + v, g, count);
+  });
+}
+
+// Ends a row: tables, and the gradient in place of what row_statistics left in x. `shifts` holds what the exponentials
+// of each block are relative to, or is null where all are relative to `local_max`.
 void finish(float* x, const LossRowsParams<float>& p, int64_t row, int64_t target, const RowStatistics& stats,
-            double local_max) {
-  const TargetRule::Location at = p.targets.locate(row);
+            const float* shifts, double local_max) {
   const double lse_grad = p.lse_grad == nullptr ? 0.0 : static_cast<double>(p.lse_grad[row]);
-  RowLoss result = finish_row(stats, p.options, p.row_weight(row, at), lse_grad);
+  const RowLoss result = finish_row(stats, p.options, p.row_weight(row, p.targets.locate(row)), lse_grad);
   p.loss[row] = static_cast<float>(result.loss);
   p.lse[row] = static_cast<float>(result.lse);
   p.predicted[row] = static_cast<int32_t>(stats.argmax);
   if (p.gradient == Gradient::kSkip) return;
-  double target_grad = result.target_grad * p.logit_scale;
-  if (p.softcap > 0.0) {
-    const double t = stats.target_logit / p.softcap;
-    target_grad *= 1.0 - t * t;
-    write_gradient<true>(x, p, result, static_cast<float>(stats.max));
-  } else {
-    if (local_max != stats.max) result.prob_scale *= std::exp(local_max - stats.max);
-    write_gradient<false>(x, p, result, static_cast<float>(stats.max));
+  const bool capped = p.softcap > 0.0;
+  double known_shift = stats.max, correction = 1.0;
+  for (int64_t begin = 0; begin < p.vocab_size; begin += kBlock) {
+    const int64_t end = std::min(p.vocab_size, begin + kBlock);
+    if (capped) {
+      write_gradient<true>(x, p, begin, end, result.prob_scale, static_cast<float>(stats.max), result.uniform);
+      continue;
+    }
+    const double shift = shifts == nullptr ? local_max : static_cast<double>(shifts[begin / kBlock]);
+    if (shift != known_shift) {  // the shifts rise a few times in a row, and most blocks share one
+      known_shift = shift;
+      correction = std::exp(shift - stats.max);
+    }
+    write_gradient<false>(x, p, begin, end, result.prob_scale * correction, 0.0f, result.uniform);
   }
-  if (p.holds(target)) x[target - p.vocab_start] = static_cast<float>(target_grad);
+  if (!p.holds(target)) return;
+  const double t = capped ? stats.target_logit / p.softcap : 0.0;
+  x[target - p.vocab_start] = static_cast<float>(result.target_grad * p.logit_scale * (1.0 - t * t));
 }
 
-void process_row(float* x, const LossRowsParams<float>& p, int64_t r) {
+void process_row(float* x, const LossRowsParams<float>& p, int64_t r, Scratch& scratch) {
   const int64_t row = p.rows[r], target = p.targets.target(p.targets.locate(row));
   if (p.stage == Stage::kGradient) {
     RowStatistics stats;
     std::memcpy(&stats, p.statistics + r * kRowStatistics, sizeof(stats));
-    return finish(x, p, row, target, stats, p.local_max[r]);
+    return finish(x, p, row, target, stats, nullptr, p.local_max[r]);
   }
-  const RowStatistics stats = row_statistics(x, p, target);
-  if (p.stage == Stage::kWhole) return finish(x, p, row, target, stats, stats.max);
+  const RowStatistics stats = row_statistics(x, p, target, scratch);
+  if (p.stage == Stage::kWhole) return finish(x, p, row, target, stats, scratch.shifts.get(), stats.max);
   std::memcpy(p.statistics + r * kRowStatistics, &stats, sizeof(stats));
   p.local_max[r] = stats.max;
 }
@@ -284,16 +243,16 @@ void narrow(const float* from, BFloat16Bits* to, int64_t count) {
 }
 
 void loss_rows(const LossRowsParams<float>& p, int64_t begin, int64_t end) {
+  Scratch scratch(p);
   if (p.dtype == DType::kFloat32) {
-    for (int64_t r = begin; r < end; ++r) process_row(static_cast<float*>(p.logits) + r * p.row_stride, p, r);
+    for (int64_t r = begin; r < end; ++r) process_row(static_cast<float*>(p.logits) + r * p.row_stride, p, r, scratch);
     return;
   }
-  std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(p.vocab_size)]);
   for (int64_t r = begin; r < end; ++r) {
     BFloat16Bits* row = static_cast<BFloat16Bits*>(p.logits) + r * p.row_stride;
-    widen(row, scratch.get(), p.vocab_size);
-    process_row(scratch.get(), p, r);
-    if (p.gradient == Gradient::kWrite) narrow(scratch.get(), row, p.vocab_size);
+    widen(row, scratch.widened.get(), p.vocab_size);
+    process_row(scratch.widened.get(), p, r, scratch);
+    if (p.gradient == Gradient::kWrite) narrow(scratch.widened.get(), row, p.vocab_size);
   }
 }
 

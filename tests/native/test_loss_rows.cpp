@@ -172,6 +172,21 @@ std::vector<mtp::CpuCapability> available() {
   return all;
 }
 
+// Rows whose maximum moves from block to block of the kernel: rising, falling, and after whole blocks of -inf.
+void run_moving_maximum(mtp::CpuCapability isa) {
+  const auto run = [&](auto logit_of) {
+    Problem p(3 * 1024 + 5, 2, 1, Options{}, loss_problem::keep, 1);
+    for (size_t i = 0; i < p.logits.size(); ++i)
+      p.logits[i] = static_cast<float>(logit_of(static_cast<int64_t>(i) % p.vocab, p.logits[i]));
+    p.labels = {0, 5, p.vocab - 1};
+    run_float32(p, isa, mtp::Gradient::kWrite);
+    run_sharded(p, isa, 2048);
+  };
+  run([](int64_t v, double x) { return x + 0.01 * static_cast<double>(v); });
+  run([](int64_t v, double x) { return x - 0.01 * static_cast<double>(v); });
+  run([](int64_t v, double x) { return v < 2048 && v != 5 ? -kInf : x - 1000.0; });
+}
+
 // Numbers that a careless kernel gets wrong: a certain target, -inf, NaN, a row of one class.
 void run_extremes(mtp::CpuCapability isa) {
   const auto grads_of = [&](std::vector<double> logits, int64_t target, double* loss) {
@@ -219,6 +234,7 @@ int main() {
     for (const Options& opt : loss_problem::option_sets())
       for (const int64_t split : {0, 1, 40, 64}) run_sharded({65, 3, 2, opt, loss_problem::keep, ++seed}, isa, split);
     run_float32({515, 2, 3, Options{}, loss_problem::keep, ++seed}, isa, mtp::Gradient::kSkip);
+    run_moving_maximum(isa);
     run_extremes(isa);
   }
   for (const Options& opt : loss_problem::option_sets())

@@ -109,6 +109,7 @@ def test_long_texts_are_encoded_in_pieces_without_loss(text: str) -> None:
         assert "".join(pieces) == text
         assert all(0 < len(piece) <= 7 for piece in pieces) or not text
         assert round_trip(BPE, text) == text
+        assert list(tokenizer_module._pieces("ab\nc\nddd")) == ["ab\nc\n", "ddd"]  # cut after a line where there is one
         first, second = BPE.encode_batch([text, "a\nb\n" * 5])
         assert (BPE.decode(first), BPE.decode(second)) == (text, "a\nb\n" * 5)
 
@@ -125,11 +126,12 @@ def word_level(special: list[str]) -> tokenizers.Tokenizer:
 
 def test_a_tokenizer_json_is_used_whole(tmp_path: Path) -> None:
     path = tmp_path / "words.json"
-    word_level(["<|endoftext|>"]).save(str(path))
+    word_level(["<|endoftext|>", "<begin>"]).save(str(path))
     tokenizer = load_tokenizer(path)
-    assert (tokenizer.vocab_size, tokenizer.separator_id) == (4, 3)
+    assert (tokenizer.vocab_size, tokenizer.separator_id) == (5, 3)
     ids = [array.tolist() for array in tokenizer.encode_batch(["a b a", "<|endoftext|> b", ""])]
     assert ids == [[1, 2, 1], [0, 2], []]  # neither cut nor padded, and the text forges no separator
+    assert tokenizer.decode([1, 4, 3]) == "a <begin>"  # other special tokens show
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
     (tmp_path / "mtp_tokenizer.json").unlink()  # a directory of another project

@@ -49,8 +49,6 @@ def choose_validation(
             if not held_out[index] and size <= min(largest, left):
                 held_out[index] = True
                 left -= size
-    if held_out.all():  # only with a fraction next to 1
-        held_out[int(group_bytes.argmin())] = False
     if not held_out.any():
         held_out[int(group_bytes.argmin())] = True
     return held_out[member]

@@ -30,7 +30,7 @@ __device__ __forceinline__ void sum_columns(int64_t begin, int64_t end, float* s
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) sums[j] = 0.0f;
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t r = begin + warp; r < end; r += kColumnWarps) add(r, sums);
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) scratch[(warp * kWidth + j) * kWarp + lane] = sums[j];

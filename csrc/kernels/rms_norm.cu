@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(const __gri
   float along = 0.0f;
   for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
     float g[kWidth] = {}, h[kWidth];
+#pragma unroll 2
     for (int64_t k = 0; k < p.heads; ++k) {
       float grad[kWidth], weight[kWidth];
       load_vector<scalar_t>(row_of<scalar_t>(p.grad_y, k * p.rows + t, p.width), i, grad);

@@ -75,3 +75,28 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATOR_CALLER) {
       result |= unsigned{slots[static_cast<size_t>(lane) * emulator::kExchangeBytes]} << lane;
   return result;
 }
+
+namespace emulator {
+// The twin of csrc/kernels/mma.cuh: every lane shows its operands, and gathers those of its four results from the lanes
+// that hold them. `element(word, half)` reads one of the two elements of a word.
+template <typename Read>
+void warp_mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], const Read& element, EMULATOR_CALLER) {
+  const unsigned own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const unsigned char* slots = warp_exchange(~0u, own, sizeof(own), {file, line});
+  const auto word = [&](int lane, int index) {
+    unsigned value;
+    std::memcpy(&value, slots + static_cast<size_t>(lane) * kExchangeBytes + static_cast<size_t>(index) * 4, 4);
+    return value;
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4 + 8 * (i / 2), column = 2 * (lane() % 4) + i % 2;
+    float sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const unsigned left = word(row % 8 * 4 + k % 8 / 2, row / 8 + 2 * (k / 8));
+      const unsigned right = word(column * 4 + k % 8 / 2, 4 + k / 8);
+      sum += element(left, k % 2) * element(right, k % 2);
+    }
+    c[i] = sum;
+  }
+}
+}  // namespace emulator

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mtp_ext.ops.debug import debug_checks_enabled
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
+REDUCTIONS = ("mean", "sum", "none")
 
 
 def describe(x: object) -> str:
@@ -54,24 +57,53 @@ def check_vector(
     check_shape(name, x, [size], f"[{meaning}]")
 
 
+def check_int(name: str, x: object, or_none: str = "") -> None:
+    """Raises TypeError unless ``x`` is an int."""
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int{or_none}, got {describe(x)}")
+
+
 def check_positive_int(name: str, x: int | None) -> None:
     """An optional count of at least 1."""
     if x is None:
         return
-    if isinstance(x, bool) or not isinstance(x, int):
-        raise TypeError(f"{name} must be an int or None, got {describe(x)}")
+    check_int(name, x, " or None")
     if x < 1:
         raise ValueError(f"{name} must be at least 1, got {x}")
 
 
+def check_reduction(reduction: object) -> None:
+    """Raises ValueError for an unknown name."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_group(group: object) -> None:
+    """Raises TypeError unless ``group`` is a process group or None."""
+    if group is not None and not (
+        torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
+    ):
+        raise TypeError(f"group must be a torch.distributed process group or None, got {describe(group)}")
+
+
+def check_number(name: str, x: object, or_none: str = "") -> None:
+    """Raises TypeError unless ``x`` is a float or an int."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number{or_none}, got {describe(x)}")
+
+
 def check_options(label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float) -> None:
-    """The ranges of the scalar options."""
+    """The types and ranges of the scalar options."""
+    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)):
+        check_number(name, value)
+    if softcap is not None:
+        check_number("softcap", softcap, " or None")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if not z_loss >= 0.0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
     if not abs(logit_scale) < float("inf"):
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
 
@@ -100,8 +132,8 @@ def _backends() -> tuple[str, ...]:
 
 
 def check_targets_in_range(labels: Tensor, first_invalid: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raises ValueError for a label that is no class (on the CPU, where looking costs nothing)."""
-    if labels.device.type != "cpu":
+    """Raises ValueError for a label that is no class: on the CPU, where looking costs nothing, or in debug mode."""
+    if labels.device.type != "cpu" and not debug_checks_enabled():
         return
     at = int(first_invalid.item())
     if at >= 0:

@@ -148,13 +148,29 @@ class HeadLossAccumulator:
         Returns:
             The gradient of ``sum_k head_weights[k] * head_loss[k]`` in ``hidden``, ``[B, S, D]``, or None.
         """
-        return self._run(range(head - 1, head), {head - 1: hidden})[0]
+        grad = self._empty_grad(hidden, hidden.dtype)
+        self._run(range(head - 1, head), {head - 1: hidden}, {head - 1: grad})
+        return grad
 
-    def add_all(self, hidden: Sequence[Tensor] | Tensor) -> list[Tensor | None]:
-        """Adds all heads: ``n`` times ``[B, S, D]``; the joint rows share chunks. Returns their gradients."""
-        grads: list[Tensor | None] = []
+    def add_all(
+        self, hidden: Sequence[Tensor] | Tensor, *, grad_dtype: torch.dtype | None = None
+    ) -> list[Tensor | None] | Tensor | None:
+        """Adds all heads; the joint rows share chunks.
+
+        Args:
+            hidden: ``n`` tensors ``[B, S, D]``, or one ``[n, B, S, D]``.
+            grad_dtype: That of the gradients; default ``hidden``'s.
+        Returns:
+            Their gradients in the same form; None where they are not wanted.
+        """
+        dtype = grad_dtype or hidden[0].dtype
+        grads: list[Tensor | None] | Tensor | None
+        if isinstance(hidden, Tensor):
+            grads = self._empty_grad(hidden, dtype)
+        else:
+            grads = [self._empty_grad(h, dtype) for h in hidden]
         for heads in self._ranges_of_equal_weight():
-            grads += self._run(heads, {k: hidden[k] for k in heads})
+            self._run(heads, {k: hidden[k] for k in heads}, {k: None if grads is None else grads[k] for k in heads})
         return grads
 
     def result(self) -> MultiTokenLoss:
@@ -186,30 +202,27 @@ class HeadLossAccumulator:
             self._grad_weight_is_empty = False
         return self._grad_weight
 
-    def _run(self, heads: range, hidden: dict[int, Tensor]) -> list[Tensor | None]:
+    def _run(self, heads: range, hidden: dict[int, Tensor], grads: dict[int, Tensor | None]) -> None:
+        """Adds ``heads`` and writes their gradients, each ``[B, S, D]``."""
         offsets = self.loop.selection.offsets
-        begin, end = offsets[heads.start], offsets[heads.stop]
-        flat = [
-            hidden[k].detach().reshape(-1, hidden[k].shape[-1]) if k in hidden else None for k in range(self.n_heads)
-        ]
-        grads = [self._empty_grad(k, flat[k]) for k in range(self.n_heads)]
+        flat: list[Tensor | None] = [None] * self.n_heads
+        flat_grads: list[Tensor | None] = [None] * self.n_heads
+        for k in heads:
+            flat[k] = hidden[k].detach().reshape(-1, hidden[k].shape[-1])
+            grad = grads[k]
+            if grad is not None:
+                full = offsets[k + 1] - offsets[k] == self.loop.selection.rows_per_head
+                flat_grads[k] = (grad if full else grad.zero_()).view(-1, grad.shape[-1])
         out: Gradients | None = None
         grad_weight = None if heads.start + 1 in self.detached else self._grad_weight_of(heads.start)
         if self.need_grad_hidden or grad_weight is not None or self.grad_bias is not None:
-            out = Gradients(grads, grad_weight, self._grad_weight_is_empty, self.grad_bias)
-        self.loop.run(begin, end, flat, self._gemms_of(heads.start), out)
+            out = Gradients(flat_grads, grad_weight, self._grad_weight_is_empty, self.grad_bias)
+        self.loop.run(offsets[heads.start], offsets[heads.stop], flat, self._gemms_of(heads.start), out)
         if out is not None and grad_weight is not None:
             self._grad_weight_is_empty = out.weight_is_empty
-        return [None if (g := grads[k]) is None else g.view(hidden[k].shape) for k in heads]
 
-    def _empty_grad(self, head: int, hidden: Tensor | None) -> Tensor | None:
-        """A gradient to fill: zeros only if some rows will not be written."""
-        if hidden is None or not self.need_grad_hidden:
-            return None
-        offsets = self.loop.selection.offsets
-        full = offsets[head + 1] - offsets[head] == hidden.shape[0]
-        shape, dtype = hidden.shape, hidden.dtype
-        return torch.empty(shape, dtype=dtype, device=hidden.device) if full else torch.zeros_like(hidden)
+    def _empty_grad(self, hidden: Tensor, dtype: torch.dtype) -> Tensor | None:
+        return torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if self.need_grad_hidden else None
 
     def _ranges_of_equal_weight(self) -> list[range]:
         """Runs of heads whose rows may share a chunk: one unembedding, and the same answer to detach_weight."""

@@ -3,57 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mtp_ext.ops import checks
 from mtp_ext.ops.autocast import autocast_dtype
 from mtp_ext.ops.call import LossCall, RowArguments
-from mtp_ext.ops.multi_token_cross_entropy import MultiTokenCrossEntropyFunction
-
-
-class RowCrossEntropyFunction(torch.autograd.Function):
-    """Loss and log-sum-exp of every row; the backward forms the logits again, for any incoming gradients (8 N D V)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: LossCall, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        accumulator = call.accumulator(weight, bias, need_grad_hidden=False, need_grad_weight=False)
-        accumulator.add(1, hidden[0])
-        ctx.call = call
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.mark_non_differentiable(accumulator.denominator)
-        return accumulator.row_losses(), accumulator.loop.tables.lse, accumulator.denominator
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, grad_lse: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        _, need_hidden, need_weight, need_bias = ctx.needs_input_grad
-        buffer = ctx.call.grad_weight_out
-        accumulator = ctx.call.accumulator(
-            weight,
-            bias,
-            normalizer=1.0,
-            need_grad_hidden=need_hidden,
-            need_grad_weight=need_weight,
-            need_grad_bias=need_bias,
-            row_scale=grad_loss,
-            lse_grad=grad_lse,
-            grad_weight_out=buffer,
-        )
-        grad_hidden = accumulator.add(1, hidden[0])
-        grad_weight = accumulator.grad_weight if buffer is None else None
-        return (
-            None,
-            None if grad_hidden is None else grad_hidden.view(hidden.shape),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if bias is None or accumulator.grad_bias is None else accumulator.grad_bias.to(bias.dtype),
-        )
+from mtp_ext.ops.functions import reduced_loss, row_losses
 
 
 def linear_cross_entropy(
@@ -95,8 +52,8 @@ def linear_cross_entropy(
         return_lse: Also return the log-sum-exp of each row's logits, differentiable (recomputes like ``"none"``).
         chunk_rows: Most rows whose logits are held at once; default by the cost model.
         workspace_bytes: The same limit, in bytes of logits.
-        grad_weight_out: Float32 buffer of ``weight``'s shape that the gradient is added to as soon as it is formed;
-            ``weight`` then gets no gradient.
+        grad_weight_out: Float32 buffer of ``weight``'s shape (float64 for float64 inputs) that backward adds the
+            weight's gradient to; ``weight`` then gets no gradient.
         group: Process group: ``weight``, ``bias`` and ``class_weights`` are this rank's shard of the vocabulary, in
             rank order, of equal or unequal sizes; all else is the same on every rank, and so are the results.
 
@@ -110,6 +67,7 @@ def linear_cross_entropy(
 
     Reference: :func:`torch.nn.functional.cross_entropy` of :func:`torch.nn.functional.linear`.
     """
+    compute_dtype = _check_inputs(hidden, weight, targets, token_weights, group is not None)
     row = RowArguments(
         bias=bias,
         class_weights=class_weights,
@@ -125,9 +83,7 @@ def linear_cross_entropy(
         grad_weight_out=grad_weight_out,
         group=group,
     )
-    compute_dtype = _check_inputs(hidden, weight, targets, token_weights, group is not None)
-    row.check(weight, ("mean", "sum", "none"))
-    checks.check_backend(hidden.device)
+    row.check(weight)
     rows = hidden.reshape(1, 1, -1, hidden.shape[-1])
     if token_weights is not None:
         row = replace(row, token_weights=token_weights.reshape(1, -1))
@@ -136,24 +92,14 @@ def linear_cross_entropy(
         seq_len=rows.shape[2],
         n_heads=1,
         first_shift=0,
-        stacked=True,
-        grad_weight_out=grad_weight_out,
         row=row,
         compute_dtype=compute_dtype,
     )
     if reduction != "none" and not return_lse:
-        with_grad = torch.is_grad_enabled()
-        loss: Tensor = MultiTokenCrossEntropyFunction.apply(  # type: ignore[no-untyped-call]
-            call, with_grad, weight, bias, None, rows
-        )[0]
-        return loss
-    losses, lse, denominator = RowCrossEntropyFunction.apply(call, rows, weight, bias)  # type: ignore[no-untyped-call]
-    lse = lse.view(targets.shape)
-    if reduction == "none":
-        losses = losses.view(targets.shape)
-        return (losses, lse) if return_lse else losses
-    total = losses.sum(dtype=torch.float64) / torch.where(denominator != 0, denominator, 1)[0]
-    return total.to(losses.dtype), lse
+        return reduced_loss(call, weight, None, (rows,)).loss
+    result, lse = row_losses(call, weight, None, (rows,))
+    loss = result.loss.view(targets.shape) if reduction == "none" else result.loss
+    return (loss, lse.view(targets.shape)) if return_lse else loss
 
 
 def _check_inputs(

@@ -3,68 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mtp_ext.ops import checks
 from mtp_ext.ops.autocast import autocast_dtype
-from mtp_ext.ops.call import LossCall, RowArguments, scaled
+from mtp_ext.ops.call import LossCall, RowArguments
+from mtp_ext.ops.functions import reduced_loss, row_losses
 from mtp_ext.ops.result import MultiTokenLoss
-
-
-class MultiTokenCrossEntropyFunction(torch.autograd.Function):
-    """Takes all gradients in the forward (6 N D V FLOP); the backward only hands them out, scaled."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        call: LossCall,
-        with_grad: bool,
-        weight: Tensor,
-        bias: Tensor | None,
-        head_weights: Tensor | None,
-        *hidden: Tensor,
-    ) -> tuple[Tensor, ...]:
-        need_weight, need_bias, need_head_weights, *need_hidden = (with_grad and n for n in ctx.needs_input_grad[2:])
-        need_weight |= with_grad and call.grad_weight_out is not None
-        accumulator = call.accumulator(
-            weight,
-            bias,
-            head_weights=head_weights,
-            need_grad_hidden=any(need_hidden),
-            need_grad_weight=need_weight,
-            need_grad_bias=need_bias,
-        )
-        grads = accumulator.add_all(hidden[0] if call.stacked else hidden)
-        if call.stacked:
-            grads = [torch.stack([g for g in grads if g is not None]) if any(need_hidden) else None]
-        result = accumulator.result()
-        ctx.call = call
-        ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias, head_weights)]
-        head_grad = result.head_loss if need_head_weights else None
-        ctx.save_for_backward(accumulator.grad_weight, accumulator.grad_bias, head_grad, *grads)
-        ctx.mark_non_differentiable(*result[1:])
-        return tuple(result)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_weight, grad_bias, grad_head_weights, *grad_hidden = ctx.saved_tensors
-        weight_dtype, bias_dtype, head_weights_dtype = ctx.dtypes
-        if ctx.call.grad_weight_out is not None:
-            ctx.call.grad_weight_out.add_(scaled(grad_weight, grad_loss, None))
-            grad_weight = None
-        return (
-            None,
-            None,
-            scaled(grad_weight, grad_loss, weight_dtype),
-            scaled(grad_bias, grad_loss, bias_dtype),
-            scaled(grad_head_weights, grad_loss, head_weights_dtype),
-            *(scaled(g, grad_loss, None) for g in grad_hidden),
-        )
 
 
 def multi_token_cross_entropy(
@@ -111,15 +58,17 @@ def multi_token_cross_entropy(
         bias: ``[V]``.
         class_weights: ``[V]`` float32, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: Label of positions without loss or gradient.
-        reduction: ``"mean"`` (by ``normalizer``) or ``"sum"``.
+        reduction: ``"mean"`` (by ``normalizer``), ``"sum"``, or ``"none"``: ``loss`` is ``[n, B, S]``, each target's
+            loss times its head's and its token's weight, 0 where there is no target, and ``head_loss`` holds the heads'
+            sums. Its backward takes any incoming gradient and forms the logits again (8 N D V FLOP for 6).
         label_smoothing: In [0, 1], as in torch.
         z_loss: Adds ``z_loss * lse**2`` per token (PaLM, arXiv 2204.02311, section 5).
         softcap: ``logits <- softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
         logit_scale: Factor of the logits, before the cap.
         chunk_rows: Most rows whose logits are held at once; default by the cost model.
         workspace_bytes: The same limit, in bytes of logits.
-        grad_weight_out: Float32 buffer of ``weight``'s shape that the gradient is added to as soon as it is formed;
-            ``weight`` then gets no gradient.
+        grad_weight_out: Float32 buffer of ``weight``'s shape (float64 for float64 inputs) that backward adds the
+            weight's gradient to; ``weight`` then gets no gradient.
         group: Process group: ``weight``, ``bias`` and ``class_weights`` are this rank's shard of the vocabulary, in
             rank order, of equal or unequal sizes; all else is the same on every rank, and so are the results.
 
@@ -153,14 +102,12 @@ def multi_token_cross_entropy(
         grad_weight_out=grad_weight_out,
         group=group,
     )
-    row.check(weight, ("mean", "sum"))
+    row.check(weight)
     call = LossCall(
         labels=labels,
         seq_len=seq_len,
         n_heads=n_heads,
         first_shift=1,
-        stacked=stacked,
-        grad_weight_out=grad_weight_out,
         row=row,
         compute_dtype=autocast or heads[0].dtype,
         normalizer=checks.checked_normalizer(normalizer),
@@ -168,11 +115,9 @@ def multi_token_cross_entropy(
         detach_weight=checks.checked_heads("detach_weight", detach_weight, n_heads),
     )
     scale = checks.checked_head_weights(head_weights, n_heads, heads[0].device)
-    checks.check_backend(heads[0].device)
-    outputs = MultiTokenCrossEntropyFunction.apply(  # type: ignore[no-untyped-call]
-        call, torch.is_grad_enabled(), weight, bias, scale, *heads
-    )
-    return MultiTokenLoss(*outputs)
+    if reduction != "none":
+        return reduced_loss(call, weight, scale, heads)
+    return row_losses(call, weight, scale, heads)[0]
 
 
 def _check_hidden(heads: tuple[Tensor, ...], stacked: bool, labels: Tensor) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,9 @@ def multi_token_cross_entropy(
 ) -> MultiTokenLoss:
     """The arguments and results of :func:`mtp_ext.multi_token_cross_entropy`, head by head, by definition."""
     n_heads, seq_len = len(hidden), hidden[0].shape[1]
-    head_loss, n_valid, predicted = [], [], []
+    per_head = reduction == "mean" and isinstance(normalizer, str)
+    options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    losses, n_valid, predicted = [], [], []
     for k in range(1, n_heads + 1):
         targets = shifted_targets(labels, k, seq_len, document_ids, ignore_index)
         weights = None
@@ -149,33 +152,34 @@ def multi_token_cross_entropy(
             targets = torch.where(weights != 0, targets, ignore_index)
         unembed = weight[k - 1] if weight.dim() == 3 else weight
         unembed = unembed.detach() if k in detach_weight else unembed
-        options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-        total = linear_cross_entropy(
-            hidden[k - 1],
-            unembed,
-            targets,
-            class_weights=class_weights,
-            token_weights=weights,
-            ignore_index=ignore_index,
-            reduction="mean" if normalizer == "per_head" and reduction == "mean" else "sum",
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            **options,  # type: ignore[arg-type]
+        losses.append(
+            linear_cross_entropy(
+                hidden[k - 1],
+                unembed,
+                targets,
+                class_weights=class_weights,
+                token_weights=weights,
+                ignore_index=ignore_index,
+                reduction="mean" if per_head else "none",
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                **options,
+            )
         )
-        assert isinstance(total, Tensor)
-        if reduction == "mean" and not isinstance(normalizer, str):
-            total = total / normalizer
         valid = targets != ignore_index
-        head_loss.append(total)
         n_valid.append(valid.sum())
         with torch.no_grad():
-            argmax = logits_of(hidden[k - 1], unembed, **options).argmax(-1)  # type: ignore[arg-type]
+            argmax = logits_of(hidden[k - 1], unembed, **options).argmax(-1)
             predicted.append(torch.where(valid, argmax, -1))
-    losses, counts, table = torch.stack(head_loss), torch.stack(n_valid), torch.stack(predicted)
-    scale = torch.ones_like(losses) if head_weights is None else torch.as_tensor(head_weights).to(losses)
+    each = torch.stack([x for x in losses if isinstance(x, Tensor)])  # [n], or [n, B, S]
+    head_loss = each if per_head else each.sum((1, 2))
+    if reduction == "mean" and not isinstance(normalizer, str):
+        head_loss = head_loss / normalizer
+    scale = torch.ones_like(head_loss) if head_weights is None else torch.as_tensor(head_weights).to(head_loss)
+    counts, table = torch.stack(n_valid), torch.stack(predicted)
     return MultiTokenLoss(
-        (losses * scale).sum(),
-        losses.detach(),
+        each * scale[:, None, None] if reduction == "none" else (head_loss * scale).sum(),
+        head_loss.detach(),
         counts,
         metrics.top1(table, labels, counts, seq_len=seq_len, first_shift=1),
         metrics.acceptance_length(table),

@@ -83,8 +83,8 @@ class RowTables:
 
     @staticmethod
     def zeros(n_rows: int, dtype: torch.dtype, device: torch.device) -> RowTables:
-        loss, lse = torch.zeros(2, n_rows, dtype=dtype, device=device)
-        return RowTables(loss, lse, torch.full((n_rows,), -1, dtype=torch.int32, device=device))
+        loss = torch.zeros(n_rows, dtype=dtype, device=device)
+        return RowTables(loss, torch.zeros_like(loss), torch.full((n_rows,), -1, dtype=torch.int32, device=device))
 
 
 ROW_STATISTICS = 6  # max, sum_others, target_logit, target_class_weight, weighted_sum, argmax (core/row_loss.h)

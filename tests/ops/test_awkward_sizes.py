@@ -1,0 +1,116 @@
+"""Fixed calls that a careless kernel gets wrong, in every dtype: error at most twice eager torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ops.cases import DTYPES, Call, assert_no_worse_than_eager, make_generator
+
+N_HEADS, BATCH, SEQ, WIDTH, VOCAB = 3, 2, 9, 13, 131
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "smoothing": {"label_smoothing": 0.1},
+    "only smoothing": {"label_smoothing": 1.0},
+    "z-loss": {"z_loss": 1e-2},
+    "softcap": {"softcap": 3.0, "logit_scale": 0.5},
+    "negative scale": {"logit_scale": -2.0},
+    "chunks of one row": {"chunk_rows": 1},
+    "workspace of one row": {"workspace_bytes": 1},
+    "token count": {"normalizer": 100},
+    "detached": {"detach_weight": (1, 3)},
+    "a class is ignored": {"ignore_index": 5},
+    "everything": {
+        "reduction": "none",
+        "label_smoothing": 0.2,
+        "z_loss": 1e-2,
+        "softcap": 5.0,
+        "logit_scale": 1.5,
+        "chunk_rows": 7,
+        "detach_weight": (2,),
+    },
+}
+SHAPES = {
+    "no rows": (0, 5, 8, 33),
+    "no positions": (2, 0, 8, 33),
+    "one row": (1, 1, 8, 33),
+    "one class": (2, 3, 8, 1),
+    "width 1": (2, 3, 1, 33),
+    "one above a block": (2, 3, 8, 1025),
+    "prime": (3, 5, 7, 4099),
+}
+
+
+def make_call(
+    dtype: torch.dtype,
+    *,
+    shape: tuple[int, int, int, int] = (BATCH, SEQ, WIDTH, VOCAB),
+    vectors: bool = False,
+    **options: Any,
+) -> Call:
+    batch, seq, width, vocab = shape
+    g = make_generator(0)
+    tensors = {
+        "hidden": torch.randn(N_HEADS, batch, seq, width, generator=g, dtype=torch.float64),
+        "weight": torch.randn(vocab, width, generator=g, dtype=torch.float64),
+        "labels": torch.randint(vocab, (batch, seq + N_HEADS), generator=g),
+    }
+    tensors["labels"][torch.rand(tensors["labels"].shape, generator=g) < 0.2] = options.get("ignore_index", -100)
+    if vectors:
+        tensors |= {
+            "bias": torch.randn(vocab, generator=g, dtype=torch.float64),
+            "class_weights": (torch.rand(vocab, generator=g) + 0.5).double(),
+            "token_weights": torch.rand(tensors["labels"].shape, generator=g).double(),
+            "head_weights": torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64),
+        }
+    return Call(dtype, tensors, {"reduction": "mean"} | options, heads=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape: str, dtype: torch.dtype) -> None:
+    assert_no_worse_than_eager(make_call(dtype, shape=SHAPES[shape]))
+
+
+@pytest.mark.parametrize("vectors", [False, True], ids=["", "with vectors"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name: str, dtype: torch.dtype, vectors: bool) -> None:
+    assert_no_worse_than_eager(make_call(dtype, vectors=vectors, **OPTIONS[name]))
+
+
+@pytest.mark.parametrize("labels", ["all ignored", "one document per token", "int32"])
+def test_labels(labels: str) -> None:
+    call = make_call(torch.float32)
+    if labels == "all ignored":
+        call.tensors["labels"].fill_(-100)
+    elif labels == "int32":
+        call.tensors["labels"] = call.tensors["labels"].int()
+    else:
+        call.tensors["document_ids"] = torch.arange(SEQ + N_HEADS).expand(BATCH, -1)
+    assert_no_worse_than_eager(call)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_takes_float32_weights(dtype: torch.dtype) -> None:
+    """The operands are rounded to the autocast dtype; gradients come back in the parameters' own."""
+    from mtp_ext import multi_token_cross_entropy
+
+    call = make_call(dtype)
+    hidden, weight = (call.tensors[k].float().requires_grad_() for k in ("hidden", "weight"))
+    with torch.autocast("cpu", dtype=dtype):
+        loss = multi_token_cross_entropy(hidden, weight, call.tensors["labels"]).loss
+    loss.backward()
+    rounded = [x.detach().to(dtype).double().requires_grad_() for x in (hidden, weight)]
+    exact = multi_token_cross_entropy(*rounded, call.tensors["labels"]).loss
+    exact.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    for ours, expected in zip((hidden, weight), rounded, strict=True):
+        assert ours.grad is not None and expected.grad is not None and ours.grad.dtype == torch.float32
+        torch.testing.assert_close(ours.grad.double(), expected.grad, rtol=1e-5, atol=1e-7)

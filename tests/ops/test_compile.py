@@ -1,0 +1,198 @@
+"""torch.compile without a graph break, the registered operators, and shapes on devices that are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from mtp_ext import linear_cross_entropy, multi_token_cross_entropy
+from mtp_ext.ops import library
+from mtp_ext.ops.call import LossCall, RowArguments
+from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_, select_rows
+
+V = 33
+
+
+def make(n: int, batch: int, seq: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(n, batch, seq, 8, device=device, requires_grad=True)
+    weight = torch.randn(V, 8, device=device, requires_grad=True)
+    labels = torch.randint(V, (batch, seq + n), device=device)
+    return hidden, weight, torch.where(torch.rand(labels.shape, device=device) < 0.3, -100, labels)
+
+
+def n_heads(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    out = multi_token_cross_entropy(hidden, weight, labels, head_weights=[1.0, 0.5], normalizer=11, softcap=4.0)
+    return out.loss + 0 * out.accept_length
+
+
+def head_sequence(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return multi_token_cross_entropy(list(hidden.unbind()), weight, labels, detach_weight=(1,)).loss
+
+
+def rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    loss, lse = linear_cross_entropy(
+        hidden[0], weight, labels[:, : hidden.shape[2]], reduction="none", return_lse=True, z_loss=1e-3
+    )
+    return loss.square().sum() + lse.sin().sum()
+
+
+def one_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    loss = linear_cross_entropy(hidden[1], weight, labels[:, : hidden.shape[2]], label_smoothing=0.1)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("function", [n_heads, head_sequence, rows, one_head])
+def test_compile_full_graph(function: Callable[..., Tensor], backend: str) -> None:
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for seq in (5, 9):
+        hidden, weight, labels = make(2, 3, seq)
+        expected = function(hidden, weight, labels)
+        gradients = torch.autograd.grad(expected, (hidden, weight))
+        loss = compiled(hidden, weight, labels)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+        for ours, eager in zip(torch.autograd.grad(loss, (hidden, weight)), gradients, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_compile_with_a_gradient_buffer() -> None:
+    hidden, weight, labels = make(2, 3, 5)
+
+    def function(hidden: Tensor, weight: Tensor, labels: Tensor, buffer: Tensor) -> Tensor:
+        return multi_token_cross_entropy(hidden, weight, labels, grad_weight_out=buffer).loss
+
+    expected, buffer = torch.ones(V, 8), torch.ones(V, 8)
+    function(hidden, weight, labels, expected).backward()
+    torch.compile(function, fullgraph=True, backend="aot_eager")(hidden, weight, labels, buffer).backward()
+    assert weight.grad is None
+    torch.testing.assert_close(buffer, expected)
+
+
+def test_compile_without_gradients_and_under_autocast() -> None:
+    hidden, weight, labels = make(2, 3, 5)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return multi_token_cross_entropy(hidden, weight, labels).loss
+
+    with torch.no_grad():
+        value = function(hidden, weight, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = multi_token_cross_entropy(hidden, weight, labels).loss
+    assert torch.equal(value, expected) and not value.requires_grad
+
+
+def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Every operator that the package registers, with arguments of a small call."""
+    hidden, weight, labels = (x.detach() for x in make(2, 3, 5))
+    bias, table = torch.randn(V), torch.rand(2, 3, 5)
+    row = RowArguments(bias, None, torch.rand(labels.shape), -100, "mean", 0.1, 1e-3, 5.0, 1.0, 4, None, None, None)
+    call = LossCall(labels, 5, 2, 1, row, torch.float32, detach_weight=frozenset({2}))
+    options, needs = call.options(), {"need_hidden": True, "need_weight": True, "need_bias": True}
+    operands = ([hidden], weight, bias, *call.tensors())
+    ops = torch.ops.mtp_ext
+    targets = RowTargets(labels, None, None, 5, 1)
+    chosen, counts, _ = select_rows(targets, 2, ignore_index=-100, vocab_size=V)
+    chosen = chosen[: int(counts.sum())]
+    tables = RowTables.zeros(30, torch.float32, labels.device)
+    return {
+        "_multi_token_loss": (ops._multi_token_loss, (*operands, None, None), {"normalizer": 0.0, **options, **needs}),
+        "_row_losses": (ops._row_losses, (*operands, None), {"normalizer": 1.0, **options}),
+        "_row_losses_backward": (ops._row_losses_backward, (*operands, table, table), {**options, **needs}),
+        "_add_scaled_": (ops._add_scaled_, (torch.ones(V, 8), weight, torch.tensor(2.0)), {}),
+        "_select_rows": (ops._select_rows, (labels, None, None, 2, 5, 1, -100, V), {}),
+        "_loss_rows_": (
+            ops._loss_rows_,
+            (
+                *(torch.randn(len(chosen), V), chosen, labels, torch.ones(2), *[None] * 5, 5, 1, 0.0, 0.0, float(V)),
+                *(0.0, 1.0, True, tables.loss, tables.lse, tables.predicted),
+            ),
+            {},
+        ),
+    }
+
+
+def registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("mtp_ext::") for name in names if name.startswith("mtp_ext::")}
+
+
+def test_every_operator_is_checked() -> None:
+    assert registered() == set(operator_calls())
+
+
+@pytest.mark.parametrize("name", sorted(operator_calls()))
+def test_opcheck(name: str) -> None:
+    operator, args, kwargs = operator_calls()[name]
+    utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
+    if name == "_select_rows":
+        utilities = ("test_schema", "test_autograd_registration")  # behind the counts its rows are unspecified
+    torch.library.opcheck(operator.default, args, kwargs, test_utils=utilities)
+
+
+def test_a_raw_operator_is_not_silently_differentiable() -> None:
+    operator, args, kwargs = operator_calls()["_multi_token_loss"]
+    hidden = args[0][0].requires_grad_()
+    loss = operator(*args, **kwargs)[0]
+    with pytest.raises(RuntimeError, match=r"autograd|backward"):
+        loss.backward()
+    assert hidden.grad is None
+
+
+def fake(x: Any) -> Any:
+    """``x`` on a GPU, in shape only."""
+    if isinstance(x, list):
+        return [fake(y) for y in x]
+    return torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, Tensor) else x
+
+
+def test_fake_cuda_tensors_trace_without_a_gpu() -> None:
+    hidden, weight, labels = make(2, 3, 5)
+    with FakeTensorMode(), torch.no_grad():
+        h, w, y = fake(hidden), fake(weight), fake(labels)
+        out = multi_token_cross_entropy(h, w, y, softcap=3.0, document_ids=y)
+        per_row = multi_token_cross_entropy(h, w, y, reduction="none").loss
+        one = linear_cross_entropy(h, w, y.narrow(1, 0, 5).expand(2, 3, 5))
+    assert all(x.device.type == "cuda" for x in (*out, per_row, one))
+    assert [x.shape for x in out] == [(), (2,), (2,), (2,), ()] and per_row.shape == (2, 3, 5) and one.shape == ()
+
+
+@pytest.mark.parametrize("name", ["_multi_token_loss", "_row_losses", "_row_losses_backward"])
+def test_fake_cuda_operators_have_the_real_shapes(name: str) -> None:
+    operator, args, kwargs = operator_calls()[name]
+    real = tree_leaves(operator(*args, **kwargs))
+    with FakeTensorMode():
+        faked = tree_leaves(operator(*(fake(x) for x in args), **kwargs))
+    assert [(x.shape, x.dtype) for x in faked] == [(x.shape, x.dtype) for x in real]
+    assert all(x.device.type == "cuda" for x in faked)
+
+
+def test_fake_select_rows_and_loss_rows() -> None:
+    with FakeTensorMode():
+        labels = torch.zeros(3, 7, dtype=torch.int64, device="cuda")
+        chosen, counts, first = select_rows(RowTargets(labels, None, None, 5, 1), 2, ignore_index=-100, vocab_size=V)
+        assert (chosen.shape, counts.shape, first.shape) == ((30,), (2,), (1,))
+        tables = RowTables.zeros(30, torch.float32, labels.device)
+        logits = torch.empty(30, V, device="cuda")
+        loss_rows_(
+            logits,
+            chosen,
+            RowTargets(labels, None, None, 5, 1),
+            tables,
+            head_scale=torch.ones(2, device="cuda"),
+            options=RowOptions(),
+            write_gradient=True,
+        )
+
+
+def test_the_operators_are_those_of_the_library() -> None:
+    """A public function and the compiled graph run the same code."""
+    assert library._multi_token_loss._opoverload is torch.ops.mtp_ext._multi_token_loss.default

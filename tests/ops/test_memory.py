@@ -1,0 +1,76 @@
+"""The logits are never whole, and the memory of a call grows with neither rows nor heads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_ext import linear_cross_entropy, multi_token_cross_entropy
+from mtp_ext.ops.reference import multi_token_cross_entropy as eager
+from tests.largest_tensor import LargestTensor
+
+D, V = 16, 2000
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"softcap": 5.0, "label_smoothing": 0.1}], ids=str)
+def test_logits_are_never_whole(options: dict[str, Any]) -> None:
+    hidden = torch.randn(4, 2, 300, D, requires_grad=True)
+    weight = torch.randn(V, D, requires_grad=True)
+    labels = torch.randint(V, (2, 304))
+    with LargestTensor() as seen:
+        multi_token_cross_entropy(hidden, weight, labels, chunk_rows=64, **options).loss.sum().backward()
+    assert seen.numel == 64 * V
+    with LargestTensor() as seen:
+        linear_cross_entropy(
+            hidden, weight, labels[:, :300].expand(4, 2, 300), chunk_rows=32, **options
+        ).sum().backward()
+    assert seen.numel == 32 * V
+    with LargestTensor() as seen:
+        eager(hidden, weight, labels).loss.backward()
+    assert seen.numel >= 2 * 300 * V, "the detector is blind"
+
+
+def test_workspace_bytes_bounds_a_chunk() -> None:
+    hidden, weight = torch.randn(500, D, requires_grad=True), torch.randn(V, D)
+    with LargestTensor() as seen:
+        linear_cross_entropy(hidden, weight, torch.randint(V, (500,)), workspace_bytes=100 * V * 4).backward()
+    assert seen.numel == 100 * V
+
+
+CALL = r"""
+import json, re, sys
+import torch
+from mtp_ext import multi_token_cross_entropy
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+n, positions, vocab, width = int(sys.argv[1]), int(sys.argv[2]), 32000, 32
+hidden = torch.randn(n, 1, positions, width, requires_grad=True)
+weight = torch.randn(vocab, width, requires_grad=True)
+labels = torch.randint(vocab, (1, positions + n))
+peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+multi_token_cross_entropy(hidden[:1, :, :8], weight, labels[:, :9], chunk_rows=8).loss.backward()  # loads code
+before = peak()
+multi_token_cross_entropy(hidden, weight, labels, chunk_rows=512).loss.backward()
+gradients = 4 * (hidden.numel() + weight.numel())
+print(json.dumps(peak() - before - gradients))
+"""
+
+
+def extra_bytes(n: int, positions: int) -> int:
+    """Resident bytes that one forward and backward of a fresh process adds, beyond the gradients."""
+    command = [sys.executable, "-c", CALL, str(n), str(positions)]
+    measured: int = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return measured
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident memory from /proc")
+def test_extra_memory_is_the_chunk_and_flat() -> None:
+    chunk = 512 * 32000 * 4
+    for n, positions in ((1, 1024), (8, 1024), (1, 8192)):
+        assert extra_bytes(n, positions) <= 1.2 * chunk, (n, positions)

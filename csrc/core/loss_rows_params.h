@@ -30,6 +30,7 @@ struct LossRowsParams {
   const acc_t* bias;            // or null: 0
   double logit_scale, softcap;  // softcap 0: none
   RowOptions options;
+  const float* class_weight_total;  // a device's sum_v c_v, which no host has waited for; or null: options'
   Gradient gradient;
   Stage stage;
   int64_t vocab_start;  // class of the first column

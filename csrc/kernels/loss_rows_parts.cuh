@@ -215,7 +215,9 @@ using DeviceRowStatistics = BasicRowStatistics<float>;
 __device__ __forceinline__ RowGradient finish(const LossRowsParams<float>& p, int64_t row, const RowTarget& target,
                                               const DeviceRowStatistics& statistics, int64_t argmax,
                                               bool write_tables) {
-  const BasicRowLoss<float> result = finish_row(statistics, p.options, target.weight, target.lse_grad);
+  RowOptions options = p.options;
+  if (p.class_weight_total != nullptr) options.class_weight_sum = static_cast<double>(*p.class_weight_total);
+  const BasicRowLoss<float> result = finish_row(statistics, options, target.weight, target.lse_grad);
   if (write_tables) {
     p.loss[row] = result.loss;
     p.lse[row] = result.lse;

@@ -19,7 +19,7 @@ struct LossRowsArguments {
   const std::string& stage;
   int64_t vocab_start;
   std::optional<int64_t> total_vocab;
-  const OptionalTensor &statistics, &local_max;
+  const OptionalTensor &statistics, &local_max, &class_weight_total;
 };
 
 template <typename acc_t>
@@ -77,6 +77,7 @@ LossRowsParams<acc_t> make_loss_rows_params(const LossRowsArguments& a, DType dt
   p.logit_scale = a.logit_scale;
   p.softcap = a.softcap;
   p.options = {a.label_smoothing, a.z_loss, a.class_weight_sum, 0};
+  p.class_weight_total = optional_vector<float>(a.class_weight_total, 1, ScalarType::Float, "class_weight_total");
   p.gradient = a.write_gradient ? Gradient::kWrite : Gradient::kSkip;
   p.loss = a.loss.mutable_data_ptr<acc_t>();
   p.lse = a.lse.mutable_data_ptr<acc_t>();

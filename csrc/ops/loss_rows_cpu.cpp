@@ -22,12 +22,35 @@ void loss_rows_cpu(const Tensor& logits, const Tensor& rows, const Tensor& label
                    int64_t first_shift, double label_smoothing, double z_loss, double class_weight_sum, double softcap,
                    double logit_scale, bool write_gradient, const Tensor& loss, const Tensor& lse,
                    const Tensor& predicted, std::string stage, int64_t vocab_start, std::optional<int64_t> total_vocab,
-                   const OptionalTensor& statistics, const OptionalTensor& local_max) {
-  const LossRowsArguments arguments{
-      logits,         rows,    labels,      head_scale,      row_scale, lse_grad,         token_weights, class_weights,
-      bias,           seq_len, first_shift, label_smoothing, z_loss,    class_weight_sum, softcap,       logit_scale,
-      write_gradient, loss,    lse,         predicted,       stage,     vocab_start,      total_vocab,   statistics,
-      local_max};
+                   const OptionalTensor& statistics, const OptionalTensor& local_max,
+                   const OptionalTensor& class_weight_total) {
+  const LossRowsArguments arguments{logits,
+                                    rows,
+                                    labels,
+                                    head_scale,
+                                    row_scale,
+                                    lse_grad,
+                                    token_weights,
+                                    class_weights,
+                                    bias,
+                                    seq_len,
+                                    first_shift,
+                                    label_smoothing,
+                                    z_loss,
+                                    class_weight_sum,
+                                    softcap,
+                                    logit_scale,
+                                    write_gradient,
+                                    loss,
+                                    lse,
+                                    predicted,
+                                    stage,
+                                    vocab_start,
+                                    total_vocab,
+                                    statistics,
+                                    local_max,
+                                    class_weight_total};
+  STD_TORCH_CHECK(!class_weight_total.has_value(), "class_weight_total is for GPUs; pass class_weight_sum");
   const DType dtype = dtype_of(logits);
   if (dtype == DType::kFloat64) {
     return run(make_loss_rows_params<double>(arguments, dtype), logits.size(0), loss_rows_double);

@@ -18,14 +18,36 @@ void loss_rows_cuda(const Tensor& logits, const Tensor& rows, const Tensor& labe
                     double z_loss, double class_weight_sum, double softcap, double logit_scale, bool write_gradient,
                     const Tensor& loss, const Tensor& lse, const Tensor& predicted, std::string stage,
                     int64_t vocab_start, std::optional<int64_t> total_vocab, const OptionalTensor& statistics,
-                    const OptionalTensor& local_max) {
-  const LossRowsArguments arguments{
-      logits,         rows,    labels,      head_scale,      row_scale, lse_grad,         token_weights, class_weights,
-      bias,           seq_len, first_shift, label_smoothing, z_loss,    class_weight_sum, softcap,       logit_scale,
-      write_gradient, loss,    lse,         predicted,       stage,     vocab_start,      total_vocab,   statistics,
-      local_max};
-  check_same_device(logits, {rows, labels, head_scale, loss, lse, predicted},
-                    {row_scale, lse_grad, token_weights, class_weights, bias, statistics, local_max});
+                    const OptionalTensor& local_max, const OptionalTensor& class_weight_total) {
+  const LossRowsArguments arguments{logits,
+                                    rows,
+                                    labels,
+                                    head_scale,
+                                    row_scale,
+                                    lse_grad,
+                                    token_weights,
+                                    class_weights,
+                                    bias,
+                                    seq_len,
+                                    first_shift,
+                                    label_smoothing,
+                                    z_loss,
+                                    class_weight_sum,
+                                    softcap,
+                                    logit_scale,
+                                    write_gradient,
+                                    loss,
+                                    lse,
+                                    predicted,
+                                    stage,
+                                    vocab_start,
+                                    total_vocab,
+                                    statistics,
+                                    local_max,
+                                    class_weight_total};
+  check_same_device(
+      logits, {rows, labels, head_scale, loss, lse, predicted},
+      {row_scale, lse_grad, token_weights, class_weights, bias, statistics, local_max, class_weight_total});
   const LossRowsParams<float> params = make_loss_rows_params<float>(arguments, dtype_of(logits));
   STD_TORCH_CHECK(params.dtype != DType::kFloat64, "logits must be float32, float16 or bfloat16 on a GPU");
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());

@@ -43,6 +43,7 @@ struct OnDevice {
         token_weights(p.token_weights),
         loss(p.rows.size()),
         lse(p.rows.size()),
+        total(1),
         predicted(p.rows.size()) {
     std::fill(loss.begin(), loss.end(), kUntouched);
     std::fill(lse.begin(), lse.end(), kUntouched);
@@ -73,7 +74,9 @@ struct OnDevice {
     params.softcap = p.opt.softcap;
     double sum = 0;
     for (int64_t v = 0; v < p.vocab; ++v) sum += p.class_weight(v);
-    params.options = {p.opt.smoothing, p.opt.z_loss, sum, p.vocab};
+    total[0] = static_cast<float>(sum);
+    params.class_weight_total = p.opt.row_scale ? total.data() : nullptr;  // with an arbitrary one of the options
+    params.options = {p.opt.smoothing, p.opt.z_loss, p.opt.row_scale ? NAN : sum, p.vocab};
     params.gradient = mtp::Gradient::kWrite;
     params.loss = loss.data();
     params.lse = lse.data();
@@ -94,7 +97,7 @@ struct OnDevice {
   int64_t stride;
   DeviceArray<scalar_t> logits;
   DeviceArray<int64_t> rows, labels;
-  DeviceArray<float> head_scale, row_scale, lse_grad, bias, class_weights, token_weights, loss, lse;
+  DeviceArray<float> head_scale, row_scale, lse_grad, bias, class_weights, token_weights, loss, lse, total;
   DeviceArray<int32_t> predicted;
   mtp::LossRowsParams<float> params{};
 };

@@ -21,7 +21,7 @@ struct LossRowsParams {
   void* logits;
   DType dtype;
   int64_t row_stride, vocab_size;
-  const int64_t* rows;
+  const int64_t* rows;  // -1: no row; its gradient is zeros, and nothing else of it is read or written
   TargetRule targets;
   const acc_t* head_scale;
   const acc_t* row_scale;       // or null: 1
@@ -41,6 +41,8 @@ struct LossRowsParams {
   int32_t* predicted;
 
   MTP_HD double class_weight(int64_t v) const { return class_weights == nullptr ? 1.0 : class_weights[v]; }
+
+  MTP_HD bool writes_gradient() const { return gradient == Gradient::kWrite && stage != Stage::kStatistics; }
 
   MTP_HD bool holds(int64_t target) const { return target >= vocab_start && target < vocab_start + vocab_size; }
 

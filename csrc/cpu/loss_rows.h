@@ -14,7 +14,7 @@
 // count. Numerics  float32 sums over blocks of 1024, then float64; bfloat16 rows are widened to float32 once and
 // rounded once.
 //           -inf logits contribute 0; NaN propagates into the row's loss and gradient.
-// Caller    every rows[r] counts (TargetRule::counts) and its target is a class of the whole vocabulary.
+// Caller    every rows[r] is -1 or counts (TargetRule::counts), and then its target is a class of the whole vocabulary.
 #pragma once
 #include <cstdint>
 

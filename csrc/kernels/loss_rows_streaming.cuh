@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kLossThreads, 2)
   const int64_t r = num_rows - 1 - static_cast<int64_t>(blockIdx.x);
   const int64_t flat_row = p.rows[r];
   const LogitRow<scalar_t, kLogits> row(p, r);
-  const bool writes = p.gradient == Gradient::kWrite && p.stage != Stage::kStatistics;
+  const bool writes = p.writes_gradient();
   if (flat_row < 0) {
     if (writes)
       for (int i = thread; i < row.memory.count(); i += kLossThreads) row.write_zeros(i);

@@ -187,6 +187,22 @@ void run_moving_maximum(mtp::CpuCapability isa) {
   run([](int64_t v, double x) { return v < 2048 && v != 5 ? -kInf : x - 1000.0; });
 }
 
+// A row of -1 is no row: its gradient is zeros, its tables stay.
+void run_absent_row(mtp::CpuCapability isa) {
+  const Problem p(100, 3, 1, Options{}, loss_problem::keep, 1);
+  Buffers<float> out(p, mtp::Gradient::kWrite);
+  const std::vector<int64_t> rows{2, -1, 0};
+  std::vector<float> x(p.logits.begin(), p.logits.end());
+  std::fill(x.begin() + 100, x.begin() + 200, NAN);
+  out.params.rows = rows.data();
+  out.params.logits = x.data();
+  out.params.row_stride = p.vocab;
+  out.params.dtype = mtp::DType::kFloat32;
+  mtp::loss_rows_kernel(isa)(out.params, 0, 3);
+  CHECK(std::all_of(x.begin() + 100, x.begin() + 200, [](float g) { return g == 0.0f; }));
+  CHECK(out.loss[1] == -7.0f && out.predicted[1] == -7 && out.loss[0] > 0 && out.loss[2] > 0);
+}
+
 // Numbers that a careless kernel gets wrong: a certain target, -inf, NaN, a row of one class.
 void run_extremes(mtp::CpuCapability isa) {
   const auto grads_of = [&](std::vector<double> logits, int64_t target, double* loss) {
@@ -235,6 +251,7 @@ int main() {
       for (const int64_t split : {0, 1, 40, 64}) run_sharded({65, 3, 2, opt, loss_problem::keep, ++seed}, isa, split);
     run_float32({515, 2, 3, Options{}, loss_problem::keep, ++seed}, isa, mtp::Gradient::kSkip);
     run_moving_maximum(isa);
+    run_absent_row(isa);
     run_extremes(isa);
   }
   for (const Options& opt : loss_problem::option_sets())

@@ -112,6 +112,7 @@ def loss_rows_(
     lse_grad: Tensor | None = None,
     class_weights: Tensor | None = None,
     class_weight_sum: float = 0.0,
+    class_weight_total: Tensor | None = None,
     bias: Tensor | None = None,
     write_gradient: bool,
     stage: str = "whole",
@@ -148,6 +149,7 @@ def loss_rows_(
         None if shard is None else shard.total_vocab,
         None if shard is None else shard.statistics,
         None if shard is None else shard.local_max,
+        class_weight_total,
     )
 
 

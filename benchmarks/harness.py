@@ -14,6 +14,7 @@ import gc
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -78,10 +79,15 @@ def time_once(case: Case, device: str) -> float:
 
 
 def time_group(cases: list[Case], device: str, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds per implementation and round; a warm-up round is dropped, odd rounds go backwards."""
+    """Milliseconds per implementation and round; a warm-up round is dropped.
+
+    Every round has an order of its own, the same in every run: what a case leaves behind (caches, freed pages) must not
+    always meet the same next one.
+    """
     times: dict[str, list[float]] = {case.impl: [] for case in cases}
+    order = random.Random(0)
     for round_index in range(rounds + 1):
-        for case in cases if round_index % 2 == 0 else reversed(cases):
+        for case in order.sample(cases, len(cases)):
             elapsed = time_once(case, device)
             if round_index > 0:
                 times[case.impl].append(elapsed)

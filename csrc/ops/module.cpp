@@ -1,7 +1,10 @@
 // What is not a tensor op. Importing the module registers torch.ops.mtp_ext.*.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+
 #include "cpu/capability.h"
+#include "cpu/huge_pages.h"
 
 namespace py = pybind11;
 
@@ -26,5 +29,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native backend of mtp_ext; importing it registers torch.ops.mtp_ext.*";
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, size_t bytes) { mtp::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      "Asks for huge pages behind a fresh allocation.");
   m.def("build_info", &build_info, "How this extension was built, and what it runs on.");
 }

@@ -57,6 +57,7 @@ class LossCall:
     normalizer: str | float | Tensor = "per_head"
     document_ids: Tensor | None = None
     detach_weight: frozenset[int] = field(default_factory=frozenset)
+    with_metrics: bool = True  # top-1 and accept length
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that the operators of :mod:`mtp_ext.ops.library` take after hidden states, weight and bias."""

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtp_ext.ops import library  # noqa: F401  (registers the operators)
+from mtp_ext.ops import library
 from mtp_ext.ops.call import LossCall, hand_out_grad_weight, scaled, wants_grad
 from mtp_ext.ops.result import MultiTokenLoss
 
-_ops = torch.ops.mtp_ext
+
+def _bodies(*tensors: Tensor) -> Any:
+    """Where the operators are taken from: torch's library where something traces or fakes, else their plain bodies.
+
+    The dispatch of an operator that is written in Python costs 60 us, as much as a small loss.
+    """
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    return library if plain and not torch.compiler.is_compiling() else library.operators
 
 
 class MultiTokenLossFunction(torch.autograd.Function):
@@ -30,7 +37,7 @@ class MultiTokenLossFunction(torch.autograd.Function):
         *hidden: Tensor,
     ) -> tuple[Tensor, ...]:
         tensor, number = call.normalizers()
-        *result, grad_weight, grad_bias, grad_hidden = _ops._multi_token_loss(
+        *result, grad_weight, grad_bias, grad_hidden = _bodies(weight, *hidden).multi_token_loss(
             list(hidden),
             weight,
             bias,
@@ -38,6 +45,7 @@ class MultiTokenLossFunction(torch.autograd.Function):
             head_weights,
             tensor,
             normalizer=number,
+            with_metrics=call.with_metrics,
             **call.options(),
             **needs,
         )
@@ -73,8 +81,15 @@ class RowLossesFunction(torch.autograd.Function):
         ctx: Any, call: LossCall, needs: dict[str, bool], weight: Tensor, bias: Tensor | None, *hidden: Tensor
     ) -> tuple[Tensor, ...]:
         tensor, number = call.normalizers()
-        outputs: tuple[Tensor, ...] = _ops._row_losses(
-            list(hidden), weight, bias, *call.tensors(), tensor, normalizer=number, **call.options()
+        outputs: tuple[Tensor, ...] = _bodies(weight, *hidden).row_losses(
+            list(hidden),
+            weight,
+            bias,
+            *call.tensors(),
+            tensor,
+            normalizer=number,
+            with_metrics=call.with_metrics,
+            **call.options(),
         )
         ctx.call, ctx.needs = call, needs
         ctx.save_for_backward(weight, bias, *hidden)
@@ -86,7 +101,7 @@ class RowLossesFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, *hidden = ctx.saved_tensors
         needs = ctx.needs
-        grad_weight, grad_bias, grad_hidden = _ops._row_losses_backward(
+        grad_weight, grad_bias, grad_hidden = _bodies(weight, *hidden).row_losses_backward(
             hidden, weight, bias, *ctx.call.tensors(), grad_losses, grad_lse, **ctx.call.options(), **needs
         )
         one = grad_losses.new_ones(())

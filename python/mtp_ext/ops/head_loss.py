@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext.ops import metrics
+from mtp_ext.ops.allocation import empty
 from mtp_ext.ops.checks import check_targets_in_range
 from mtp_ext.ops.chunking import ChunkGemms
 from mtp_ext.ops.device_rows import constants, counts_stay_on, float16_scale
@@ -111,8 +112,9 @@ class HeadLossAccumulator:
         self.class_weights = None if class_weights is None else class_weights.detach().float().contiguous()
         self._row_weights = self._weights_of_rows(targets, selection)
         self.denominator = self._denominators(normalizer, selection)
-        positive = self.denominator != 0
-        self.head_scale = torch.where(positive, self.head_weights / self.denominator.where(positive, 1), 0)
+        # Behind a denominator of 0 are no rows, or rows of weight 0: their sum is 0, whatever it is divided by.
+        self._divisor = self.denominator.where(self.denominator != 0, 1)
+        self.head_scale = self.head_weights / self._divisor
         # An incoming gradient per row brings its own scale; a shard's logits are float32.
         is_mean = isinstance(normalizer, str) and row_scale is None and lse_grad is None and self.shard is None
         in_float16 = is_mean and self.compute_dtype == torch.float16 and weight.is_cuda
@@ -136,8 +138,9 @@ class HeadLossAccumulator:
         self._grad_weight_is_empty = False
         if need_grad_weight and grad_weight_out is None:
             self._grad_weight_is_empty = weight.dim() == 2
-            make = torch.empty if self._grad_weight_is_empty else torch.zeros
-            self._grad_weight = make(weight.shape, dtype=self.acc_dtype, device=weight.device)
+            self._grad_weight = empty(weight.shape, self.acc_dtype, weight.device)
+            if not self._grad_weight_is_empty:
+                self._grad_weight.zero_()
         self.grad_bias = (
             torch.zeros(weight.shape[-2], dtype=self.acc_dtype, device=weight.device) if need_grad_bias else None
         )
@@ -177,21 +180,23 @@ class HeadLossAccumulator:
             self._run(heads, {k: hidden[k] for k in heads}, {k: None if grads is None else grads[k] for k in heads})
         return grads
 
-    def result(self) -> MultiTokenLoss:
-        """The loss and the metrics of the heads added so far (a head not added counts as 0)."""
-        tables = self.loop.tables
+    def result(self, *, with_metrics: bool = True) -> MultiTokenLoss:
+        """The loss and the metrics of the heads added so far (a head not added counts as 0).
+
+        Args:
+            with_metrics: Without, top-1 and accept length are empty.
+        """
         sums = self.row_losses().view(self.n_heads, -1).sum(1, dtype=torch.float64)
-        positive = self.denominator != 0
-        head_loss = torch.where(positive, sums / self.denominator.where(positive, 1), 0).to(self.acc_dtype)
-        loss = (head_loss.double() * self.head_weights.double()).sum().to(self.acc_dtype)
-        predicted = tables.predicted.view(self.n_heads, self.labels.shape[0], self.seq_len)
-        return MultiTokenLoss(
-            loss,
-            head_loss,
-            self.n_valid,
-            metrics.top1(predicted, self.labels, self.n_valid, seq_len=self.seq_len, first_shift=self.first_shift),
-            metrics.acceptance_length(predicted),
-        )
+        head_loss = sums / self._divisor
+        loss = (head_loss * self.head_weights.double()).sum().to(self.acc_dtype)
+        top1, accept_length = torch.empty(0, device=sums.device), torch.empty(0, device=sums.device)
+        if with_metrics:
+            predicted = self.loop.tables.predicted.view(self.n_heads, self.labels.shape[0], self.seq_len)
+            top1 = metrics.top1(
+                predicted, self.labels, self.n_valid, seq_len=self.seq_len, first_shift=self.first_shift
+            )
+            accept_length = metrics.acceptance_length(predicted)
+        return MultiTokenLoss(loss, head_loss.to(self.acc_dtype), self.n_valid, top1, accept_length)
 
     def row_losses(self) -> Tensor:
         """``[n * B * S]``: each flat row's loss times its token weight; 0 at rows that do not count."""
@@ -226,7 +231,7 @@ class HeadLossAccumulator:
             self._grad_weight_is_empty = out.weight_is_empty
 
     def _empty_grad(self, hidden: Tensor, dtype: torch.dtype) -> Tensor | None:
-        return torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if self.need_grad_hidden else None
+        return empty(hidden.shape, dtype, hidden.device) if self.need_grad_hidden else None
 
     def _ranges_of_equal_weight(self) -> list[range]:
         """Runs of heads whose rows may share a chunk: one unembedding, and the same answer to detach_weight."""

@@ -27,6 +27,7 @@ _OPTIONS = (
     "float logit_scale, int[] detach_weight, ScalarType compute_dtype, int? chunk_rows, int? workspace_bytes, "
     "str? group_name"
 )
+_REDUCTION = "float normalizer, bool with_metrics"
 _NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
 
 
@@ -74,14 +75,7 @@ def _gradients(accumulator: HeadLossAccumulator, hidden: list[Tensor]) -> tuple[
     )
 
 
-@torch.library.custom_op(
-    "mtp_ext::_multi_token_loss",
-    mutates_args=(),
-    schema=f"({_TENSORS}, Tensor? head_weights, Tensor? normalizer_tensor, *, float normalizer, {_OPTIONS}, {_NEEDS}) "
-    "-> (Tensor loss, Tensor head_loss, Tensor n_valid, Tensor top1, Tensor accept_length, Tensor grad_weight, "
-    "Tensor grad_bias, Tensor[] grad_hidden)",
-)
-def _multi_token_loss(
+def multi_token_loss(
     hidden: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
@@ -92,6 +86,7 @@ def _multi_token_loss(
     head_weights: Tensor | None,
     normalizer_tensor: Tensor | None,
     *,
+    with_metrics: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -114,7 +109,17 @@ def _multi_token_loss(
             **options,
         )
         grads = _gradients(accumulator, hidden)
-        return (*accumulator.result(), *grads)
+        return (*accumulator.result(with_metrics=with_metrics), *grads)
+
+
+_multi_token_loss = torch.library.custom_op(
+    "mtp_ext::_multi_token_loss",
+    multi_token_loss,
+    mutates_args=(),
+    schema=f"({_TENSORS}, Tensor? head_weights, Tensor? normalizer_tensor, *, {_REDUCTION}, {_OPTIONS}, {_NEEDS}) "
+    "-> (Tensor loss, Tensor head_loss, Tensor n_valid, Tensor top1, Tensor accept_length, Tensor grad_weight, "
+    "Tensor grad_bias, Tensor[] grad_hidden)",
+)
 
 
 @_multi_token_loss.register_fake
@@ -122,6 +127,7 @@ def _(
     hidden: list[Tensor],
     weight: Tensor,
     *tensors: Tensor | None,
+    with_metrics: bool,
     n_heads: int,
     compute_dtype: torch.dtype,
     need_hidden: bool,
@@ -132,18 +138,12 @@ def _(
     dtype = _result_dtype(compute_dtype)
     return (
         weight.new_empty((), dtype=dtype),
-        *_fake_statistics(weight, n_heads, dtype),
+        *_fake_statistics(weight, n_heads, dtype, with_metrics),
         *_fake_gradients(hidden, weight, dtype, need_hidden, need_weight, need_bias),
     )
 
 
-@torch.library.custom_op(
-    "mtp_ext::_row_losses",
-    mutates_args=(),
-    schema=f"({_TENSORS}, Tensor? normalizer_tensor, *, float normalizer, {_OPTIONS}) -> (Tensor losses, Tensor lse, "
-    "Tensor denominator, Tensor head_loss, Tensor n_valid, Tensor top1, Tensor accept_length)",
-)
-def _row_losses(
+def row_losses(
     hidden: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
@@ -152,6 +152,8 @@ def _row_losses(
     token_weights: Tensor | None,
     class_weights: Tensor | None,
     normalizer_tensor: Tensor | None,
+    *,
+    with_metrics: bool,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Loss (with its token weight) and log-sum-exp of every row, ``[n, B, S]``, without gradients: 2 N D V FLOP."""
@@ -171,7 +173,16 @@ def _row_losses(
         _gradients(accumulator, hidden)
         shape = (accumulator.n_heads, accumulator.labels.shape[0], accumulator.seq_len)
         tables = (accumulator.row_losses().view(shape), accumulator.loop.tables.lse.view(shape))
-        return (*tables, accumulator.denominator.clone(), *accumulator.result()[1:])
+        return (*tables, accumulator.denominator.clone(), *accumulator.result(with_metrics=with_metrics)[1:])
+
+
+_row_losses = torch.library.custom_op(
+    "mtp_ext::_row_losses",
+    row_losses,
+    mutates_args=(),
+    schema=f"({_TENSORS}, Tensor? normalizer_tensor, *, {_REDUCTION}, {_OPTIONS}) -> (Tensor losses, Tensor lse, "
+    "Tensor denominator, Tensor head_loss, Tensor n_valid, Tensor top1, Tensor accept_length)",
+)
 
 
 @_row_losses.register_fake
@@ -181,6 +192,7 @@ def _(
     bias: Tensor | None,
     labels: Tensor,
     *tensors: Tensor | None,
+    with_metrics: bool,
     seq_len: int,
     n_heads: int,
     compute_dtype: torch.dtype,
@@ -189,16 +201,10 @@ def _(
     dtype = _result_dtype(compute_dtype)
     table = weight.new_empty((n_heads, labels.shape[0], seq_len), dtype=dtype)
     denominator = weight.new_empty(n_heads, dtype=dtype)
-    return (table, torch.empty_like(table), denominator, *_fake_statistics(weight, n_heads, dtype))
+    return (table, torch.empty_like(table), denominator, *_fake_statistics(weight, n_heads, dtype, with_metrics))
 
 
-@torch.library.custom_op(
-    "mtp_ext::_row_losses_backward",
-    mutates_args=(),
-    schema=f"({_TENSORS}, Tensor grad_losses, Tensor grad_lse, *, {_OPTIONS}, {_NEEDS}) -> (Tensor grad_weight, "
-    "Tensor grad_bias, Tensor[] grad_hidden)",
-)
-def _row_losses_backward(
+def row_losses_backward(
     hidden: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
@@ -235,6 +241,15 @@ def _row_losses_backward(
         return _gradients(accumulator, hidden)
 
 
+_row_losses_backward = torch.library.custom_op(
+    "mtp_ext::_row_losses_backward",
+    row_losses_backward,
+    mutates_args=(),
+    schema=f"({_TENSORS}, Tensor grad_losses, Tensor grad_lse, *, {_OPTIONS}, {_NEEDS}) -> (Tensor grad_weight, "
+    "Tensor grad_bias, Tensor[] grad_hidden)",
+)
+
+
 @_row_losses_backward.register_fake
 def _(
     hidden: list[Tensor],
@@ -262,17 +277,25 @@ def _(buffer: Tensor, grad: Tensor, by: Tensor) -> None:
     return None
 
 
+class operators:
+    """The operators by the names of their bodies."""
+
+    multi_token_loss = torch.ops.mtp_ext._multi_token_loss
+    row_losses = torch.ops.mtp_ext._row_losses
+    row_losses_backward = torch.ops.mtp_ext._row_losses_backward
+
+
 def _result_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
-def _fake_statistics(weight: Tensor, n_heads: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _fake_statistics(weight: Tensor, n_heads: int, dtype: torch.dtype, with_metrics: bool) -> tuple[Tensor, ...]:
     """head_loss, n_valid, top1 and accept_length."""
     return (
         weight.new_empty(n_heads, dtype=dtype),
         weight.new_empty(n_heads, dtype=torch.int64),
-        weight.new_empty(n_heads, dtype=torch.float32),
-        weight.new_empty((), dtype=torch.float32),
+        weight.new_empty(n_heads if with_metrics else 0, dtype=torch.float32),
+        weight.new_empty(() if with_metrics else 0, dtype=torch.float32),
     )
 
 

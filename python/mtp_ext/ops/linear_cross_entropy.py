@@ -94,6 +94,7 @@ def linear_cross_entropy(
         first_shift=0,
         row=row,
         compute_dtype=compute_dtype,
+        with_metrics=False,
     )
     if reduction != "none" and not return_lse:
         return reduced_loss(call, weight, None, (rows,)).loss

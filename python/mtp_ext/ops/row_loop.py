@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
+from mtp_ext.ops.allocation import empty
 from mtp_ext.ops.chunking import ChunkGemms, chunk_size
 from mtp_ext.ops.device_rows import add_column_sum, copy_valid_rows, counts_stay_on, mark_rows, padded_columns
 from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
@@ -210,6 +211,6 @@ class RowLoop:
         """Memory that the chunks share; grown where a later range has larger chunks."""
         held = self._buffers.get(name)
         if held is None or held.shape[0] < shape[0] or held.dtype != dtype or held.shape[1] != shape[1]:
-            held = torch.empty(shape, dtype=dtype, device=self.targets.labels.device)
+            held = empty(shape, dtype, self.targets.labels.device)
             self._buffers[name] = held
         return held[: shape[0]]

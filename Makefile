@@ -9,7 +9,7 @@ ARGS ?=
 USE = export PATH="$(CURDIR)/$(VENV)/bin:$$PATH";
 
 NATIVE_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/native/*.h tests/native/*.cpp \
-  tests/native/emulator/*.h tests/native/emulator/*.cpp tests/native/emulator/include/*.h)
+  tests/native/emulator/*.h tests/native/emulator/*.cpp tests/native/emulator/include/*.h examples/cpp/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help env train test native sanitize lint format types bench fuzz clean distclean

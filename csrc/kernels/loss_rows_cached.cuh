@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(kLossThreads, kLogits == Logits::kPlain ? 3 : 
   if (thread == 0) {
     const DeviceRowStatistics statistics{part.max,          part.sum, part.target_logit, scratch.target.class_weight,
                                          part.weighted_sum, 0.0f};
-    scratch.gradient = finish(p, flat_row, scratch.target, statistics, p.vocab_start + part.position, rank == 0);
+    scratch.gradient =
+        finish<kLogits>(p, flat_row, scratch.target, statistics, p.vocab_start + part.position, rank == 0);
   }
   __syncthreads();
   const RowGradient gradient = scratch.gradient;

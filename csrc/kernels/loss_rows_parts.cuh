@@ -212,11 +212,16 @@ using DeviceRowStatistics = BasicRowStatistics<float>;
 
 // By one thread: writes the row's tables and returns what its gradient needs. `argmax` apart: a float holds no class
 // beyond 2^24.
+template <Logits kLogits>
 __device__ __forceinline__ RowGradient finish(const LossRowsParams<float>& p, int64_t row, const RowTarget& target,
                                               const DeviceRowStatistics& statistics, int64_t argmax,
                                               bool write_tables) {
   RowOptions options = p.options;
-  if (p.class_weight_total != nullptr) options.class_weight_sum = static_cast<double>(*p.class_weight_total);
+  if constexpr (kLogits == Logits::kPlain) {
+    options.label_smoothing = 0.0;  // known here: the terms of smoothing cost registers that three blocks do not have
+  } else if (p.class_weight_total != nullptr) {
+    options.class_weight_sum = static_cast<double>(*p.class_weight_total);
+  }
   const BasicRowLoss<float> result = finish_row(statistics, options, target.weight, target.lse_grad);
   if (write_tables) {
     p.loss[row] = result.loss;

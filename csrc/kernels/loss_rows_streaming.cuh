@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kLossThreads, 2)
                                                            statistics.weighted_sum, static_cast<double>(argmax)};
     return;
   }
-  if (thread == 0) scratch.gradient = finish(p, flat_row, scratch.target, statistics, argmax, true);
+  if (thread == 0) scratch.gradient = finish<kLogits>(p, flat_row, scratch.target, statistics, argmax, true);
   if (!writes) return;
   __syncthreads();
   const RowGradient gradient = scratch.gradient;

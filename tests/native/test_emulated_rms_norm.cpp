@@ -114,13 +114,13 @@ void run(unsigned* seed) {
     emulator::device().order = order;
     for (const Residual residual : {Residual::kNone, Residual::kAdded})
       for (const int64_t heads : {1, 4})
-        for (const int64_t width : {8, 264, 4096})
-          for (const int64_t rows : {0, 1, 3}) {
+        for (const int64_t width : {8, 264, 1032})
+          for (const int64_t rows : {0, 2}) {
             Problem<scalar_t> p(heads, rows, width, residual, ++*seed);
             p.run();
             p.compare();
           }
-    Problem<scalar_t> segments(2, 1030, 16, Residual::kNone, ++*seed);  // three segments of the weight's gradient
+    Problem<scalar_t> segments(1, 1030, 16, Residual::kNone, ++*seed);  // three segments of the weight's gradient
     segments.run();
     segments.compare();
   }

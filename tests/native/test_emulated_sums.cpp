@@ -47,8 +47,8 @@ void test_column_sum(int64_t rows, int64_t columns, int64_t stride, size_t offse
 
 template <typename scalar_t>
 void test_column_sums() {
-  for (const int64_t rows : {0, 1, 15, 16, 17, 100})
-    for (const int64_t columns : {0, 1, 7, 8, 255, 256, 257}) {
+  for (const int64_t rows : {0, 1, 17, 100})
+    for (const int64_t columns : {0, 7, 8, 257}) {
       test_column_sum<scalar_t>(rows, columns, (columns + 7) / 8 * 8, 0);  // aligned rows, a partial last vector
       test_column_sum<scalar_t>(rows, columns, columns + 3, 1);            // no alignment
     }

@@ -19,9 +19,9 @@ namespace emulator {
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStackBytes = 256 << 10;  // redzones make frames several times larger
+constexpr size_t kStackBytes = 64 << 10;  // redzones make frames several times larger
 #else
-constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kStackBytes = 32 << 10;
 #endif
 constexpr size_t kSharedAlignment = 16;
 

@@ -13,6 +13,7 @@ import ctypes
 import gc
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -42,6 +43,7 @@ class Case:
         fn: One call of it. What it returns is dropped after the call, and counts towards its peak memory.
         flops: Floating-point operations of one call, 0 if it has no use.
         bytes: Bytes that one call has to move, 0 if it has no use.
+        measure_peak: Whether its memory is of interest; on a CPU that takes two more calls in a process of their own.
     """
 
     benchmark: str
@@ -50,6 +52,7 @@ class Case:
     fn: Callable[[], object]
     flops: int = 0
     bytes: int = 0
+    measure_peak: bool = True
 
     @property
     def group(self) -> str:
@@ -78,20 +81,20 @@ def time_once(case: Case, device: str) -> float:
     return float(begin.elapsed_time(end))
 
 
-def time_group(cases: list[Case], device: str, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds per implementation and round; a warm-up round is dropped.
+def time_group(cases: list[Case], device: str, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds per implementation and round, the first round (a warm-up) dropped unless time allows no other.
 
     Every round has an order of its own, the same in every run: what a case leaves behind (caches, freed pages) must not
     always meet the same next one.
     """
     times: dict[str, list[float]] = {case.impl: [] for case in cases}
-    order = random.Random(0)
+    order, start = random.Random(0), time.perf_counter()
     for round_index in range(rounds + 1):
+        if round_index > 0 and time.perf_counter() - start > seconds:
+            break
         for case in order.sample(cases, len(cases)):
-            elapsed = time_once(case, device)
-            if round_index > 0:
-                times[case.impl].append(elapsed)
-    return times
+            times[case.impl].append(time_once(case, device))
+    return {impl: values[1:] or values for impl, values in times.items()}
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -181,6 +184,9 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, help="timed calls of every case (default: 2 with --quick, 10 on the CPU, 50)"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no further round of a group after this time"
+    )
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--out", type=Path, help="the JSON file, rewritten after every group")
     parser.add_argument("--peak-of", metavar="KEY", help=argparse.SUPPRESS)  # how this module calls itself
@@ -213,10 +219,12 @@ def main(cases: Cases, *, baseline: str | None = None, description: str | None =
         if len({case.impl for case in group}) != len(group):
             raise ValueError(f"group '{name}' has two cases of one name: {[case.impl for case in group]}")
         print(name, flush=True)
-        times = time_group(group, args.device, rounds)
+        times = time_group(group, args.device, rounds, args.seconds)
+        on_gpu = args.device == "cuda"
         for case in group:
-            on_gpu = args.device == "cuda"
-            peak = peak_on_gpu(case) if on_gpu else peak_on_cpu(case, module.name, args.quick) if module else None
+            peak: int | None = None
+            if case.measure_peak:
+                peak = peak_on_gpu(case) if on_gpu else peak_on_cpu(case, module.name, args.quick) if module else None
             document["rows"].append(row(case, times, baseline, peak) | ({"gpu": gpu_state()} if on_gpu else {}))
             show(document["rows"][-1])
             if args.out is not None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +35,24 @@ if __name__ == "__main__":
 """
 
 
-def test_cases_are_interleaved_and_the_order_alternates() -> None:
+def test_cases_are_interleaved_in_orders_that_change() -> None:
     calls: list[str] = []
-    cases = [Case("b", name, {}, partial(calls.append, name)) for name in ("x", "y")]
-    times = harness.time_group(cases, "cpu", rounds=2)
-    assert calls == ["x", "y", "y", "x", "x", "y"]  # the first round is warm-up
-    assert {name: len(values) for name, values in times.items()} == {"x": 2, "y": 2}
+    names = ("x", "y", "z")
+    cases = [Case("b", name, {}, partial(calls.append, name)) for name in names]
+    times = harness.time_group(cases, "cpu", rounds=20, seconds=60)
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(rounds) == 21 and all(sorted(r) == sorted(names) for r in rounds)  # the first round is warm-up
+    assert len(set(rounds)) > 3
+    assert {name: len(values) for name, values in times.items()} == dict.fromkeys(names, 20)
+    calls.clear()
+    harness.time_group(cases, "cpu", rounds=20, seconds=60)
+    assert [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)] == rounds, "the orders differ from run to run"
+
+
+def test_a_slow_group_gets_fewer_rounds() -> None:
+    cases = [Case("b", "slow", {}, partial(time.sleep, 0.05))]
+    assert len(harness.time_group(cases, "cpu", rounds=100, seconds=0.01)["slow"]) == 1  # the warm-up is all there is
+    assert 1 < len(harness.time_group(cases, "cpu", rounds=100, seconds=0.3)["slow"]) < 10
 
 
 def test_the_ratio_is_taken_within_each_round() -> None:

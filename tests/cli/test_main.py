@@ -66,6 +66,7 @@ def test_help_explains_every_option_of_training(capsys: pytest.CaptureFixture[st
         (("train", "--data.source", "absent"), "mtp train: source 'absent' is no file or directory"),
         (("generate", "--checkpoint", "absent", "--prompt", "x"), "but absent does not exist"),
         (("evaluate", "--checkpoint", "absent"), "but absent does not exist"),
+        (("info", "--config", "absent.toml"), "mtp info: config: cannot read absent.toml"),
     ],
 )
 def test_user_errors_are_one_sentence(
@@ -133,6 +134,21 @@ def test_info_names_build_and_machine(capsys: pytest.CaptureFixture[str]) -> Non
     for key, value in mtp_ext.build_info().items():
         assert key in out and str(value) in out
     assert "torch" in out and "Missing" in out
+
+
+def test_info_counts_the_architectures_of_a_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    write_config(config, tmp_path)
+    code, out, err = call(capsys, "info", "--config", str(tmp_path / "config.toml"))
+    assert code == 0, err
+    shape = config.model.build(257, 24)
+    assert "parallel *" in out and "S = 24" in out
+    for variant in ("parallel", "linear", "replicated", "causal", "anticausal"):
+        (line,) = [line for line in out.splitlines() if line.split() and line.split()[0] == variant]
+        total = dataclasses.replace(shape, variant=variant).parameter_counts()["total"]
+        assert f"{total / 1e6:.2f}" in line.split()
+    run(config)
+    assert call(capsys, "info", "--config", str(config.out))[1] == out
 
 
 def test_training_ends_with_all_that_was_promised(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

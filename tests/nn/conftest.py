@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from mtp_ext.nn import MTPConfig, MTPModel
+from mtp_ext.nn.variants import VARIANTS
 
 VOCAB_SIZE = 37
+PAPER_VARIANTS = ("parallel", "linear", "replicated", "causal", "anticausal")
+ALL_VARIANTS = (*PAPER_VARIANTS, "sequential_modules", "shared")
+SCHEDULES = ("sequential", "joint", "autograd")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +32,8 @@ def make_model() -> Callable[..., MTPModel]:
     """``make_model(n_future=..., **fields)``: two trunk layers, width 16, grouped queries, float64."""
 
     def make(n_future: int = 4, dtype: torch.dtype = torch.float64, **fields: Any) -> MTPModel:
-        shape = {"vocab_size": VOCAB_SIZE, "d_model": 16, "n_layers": n_future + 2, "n_attn_heads": 4, "n_kv_heads": 2}
+        n_layers = VARIANTS[fields.get("variant", "parallel")].n_layers(n_future) + 2
+        shape = {"vocab_size": VOCAB_SIZE, "d_model": 16, "n_layers": n_layers, "n_attn_heads": 4, "n_kv_heads": 2}
         model = MTPModel(MTPConfig(**(shape | {"d_ff": 24, "n_future": n_future, "unembed_init_std": 1.0} | fields)))
         with torch.no_grad():
             for name, p in model.named_parameters():

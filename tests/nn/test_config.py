@@ -113,12 +113,3 @@ def test_errors_name_the_field(fields: dict[str, Any], error: type[Exception], m
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match="preset must be one of 1M, 3M"):
         MTPConfig.preset("2M", vocab_size=10)
-
-
-@pytest.mark.parametrize("variant", ["linear", "replicated", "causal", "anticausal"])
-def test_variants_without_a_model_say_so(variant: str) -> None:
-    config = MTPConfig(**SHAPE, variant=variant)
-    with pytest.raises(NotImplementedError, match=f"variant '{variant}' is not implemented yet"):
-        MTPModel(config)
-    with pytest.raises(NotImplementedError, match=variant):
-        config.parameter_counts()

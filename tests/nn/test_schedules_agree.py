@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext.nn import MTPModel, attention
+from tests.nn.conftest import ALL_VARIANTS
 
 Make = Callable[..., Any]
 Error = Callable[[Tensor, Tensor], float]
@@ -86,24 +87,6 @@ def test_losses_metrics_and_gradients(
             assert relative_error(grads[name], expected_grads[name]) < 1e-12, (schedule, name)
 
 
-@pytest.mark.parametrize("chain", [(1, 2, 3), (3, 2, 1)])
-def test_chained_heads_take_one_product_each(
-    chain: tuple[int, ...], make_model: Make, make_batch: Make, relative_error: Error, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The schedule does not assume that heads read the trunk: a head's cotangent includes that of the head after it."""
-    model = make_model(3)
-    model.heads.chains = (chain,)
-    tokens, labels = make_batch(3)
-    _, expected = gradients(model, tokens, labels, schedule="autograd")
-    products = []
-    grad = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kw: products.append(args) or grad(*args, **kw))
-    _, grads = gradients(model, tokens, labels, schedule="sequential")
-    assert len(products) == 3
-    for name in expected:
-        assert relative_error(grads[name], expected[name]) < 1e-12, name
-
-
 @pytest.mark.parametrize("schedule", ["sequential", "joint", "autograd"])
 def test_head_weights_may_be_learned(schedule: str, make_model: Make, make_batch: Make, relative_error: Error) -> None:
     model = make_model(2)
@@ -153,8 +136,11 @@ def test_everything_frozen_has_no_graph(make_model: Make, make_batch: Make) -> N
     assert not model(tokens, labels).loss.requires_grad
 
 
-def test_heads_alone_on_a_given_hidden_state(make_model: Make, make_batch: Make, relative_error: Error) -> None:
-    model = make_model(3)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_heads_alone_on_a_given_hidden_state(
+    variant: str, make_model: Make, make_batch: Make, relative_error: Error
+) -> None:
+    model = make_model(3, variant=variant)
     tokens, labels = make_batch(3)
     document_ids = (torch.arange(labels.shape[1]) // 4).expand_as(labels)
     hidden = model.trunk(tokens, document_ids).detach().requires_grad_()

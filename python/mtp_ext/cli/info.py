@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import tyro
@@ -15,18 +16,27 @@ from rich.table import Table
 from rich.text import Text
 
 import mtp_ext
+from mtp_ext.cli.architectures import TABLE_WIDTH, architecture_table, read_shape
 from mtp_ext.train.device import native_bfloat16
 
 
 @dataclass(frozen=True)
 class InfoCommand:
-    """Show how mtp_ext was built, what this machine offers, and what is missing."""
+    """Show how mtp_ext was built, what this machine offers, and what is missing; or what a model costs."""
+
+    config: Path | None = None
+    """A TOML file of training options, or the directory of a checkpoint or a run: show the parameters and the
+    operations of its model instead, next to those of the other architectures of the same shape."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    tyro.cli(InfoCommand, args=list(arguments), prog="mtp info")
+    command = tyro.cli(InfoCommand, args=list(arguments), prog="mtp info")
     console = Console()
+    if command.config is not None:
+        # Wider than a narrow terminal: cells that are cut short say nothing.
+        Console(width=max(console.width, TABLE_WIDTH)).print(architecture_table(*read_shape(command.config)))
+        return 0
     for title, rows in sections().items():
         table = Table.grid(padding=(0, 2))
         for label, value in rows:

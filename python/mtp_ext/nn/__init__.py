@@ -1,7 +1,11 @@
 """Models with multi-token prediction heads (Gloeckle et al. 2024, arXiv 2404.19737)."""
 
+from mtp_ext.nn.composed import ComposedModel
 from mtp_ext.nn.config import MTPConfig
+from mtp_ext.nn.conversion import convert
+from mtp_ext.nn.grow import add_heads
+from mtp_ext.nn.heads import Head
 from mtp_ext.nn.kv_cache import KVCache
 from mtp_ext.nn.model import MTPModel
 
-__all__ = ["KVCache", "MTPConfig", "MTPModel"]
+__all__ = ["ComposedModel", "Head", "KVCache", "MTPConfig", "MTPModel", "add_heads", "convert"]

@@ -30,6 +30,7 @@ class AttentionContext:
     segments: list[int] | None = None  # lengths of the documents, over the B * S tokens in order
     cache: KVCache | None = None
     positions: Tensor | None = None  # of the new tokens in the cache
+    tokens: Tensor | None = None  # [B, S''] the row's tokens and those after it, for heads that read them
 
     @staticmethod
     def of_sequences(

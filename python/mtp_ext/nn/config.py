@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtp_ext.nn.presets import PRESETS
+from mtp_ext.nn.variants import VARIANTS, Variant, check_variant
 
-VARIANTS = ("parallel", "linear", "replicated", "causal", "anticausal")
-IMPLEMENTED_VARIANTS = ("parallel",)
-# Variants whose heads are transformer layers, taken from the trunk; the others leave all layers to the trunk.
-_TRANSFORMER_HEADS = ("parallel", "causal", "anticausal")
 _FEED_FORWARD_MULTIPLE = 64
 
 
@@ -24,7 +21,8 @@ class MTPConfig:
     ``n_layers`` counts the transformer layers of the whole model, as the paper does to compare models of equal size
     (section 2): a model of ``L`` layers has ``L - n_future`` trunk layers and ``n_future`` heads of one layer each, so
     that ``n_future=1`` is an ordinary model of ``L`` layers. ``L == n_future`` is allowed: the heads then read the
-    embeddings. Heads that are no transformer layers ("linear", "replicated") take none from the trunk.
+    embeddings. Heads that are no transformer layers ("linear", "replicated", "shared") take none from the trunk, and of
+    "sequential_modules" all but the first do.
 
     Args:
         vocab_size: ``V``.
@@ -35,9 +33,13 @@ class MTPConfig:
         d_ff: Inner width of the SwiGLU; default ``8/3 * d_model`` rounded up to a multiple of 64.
         max_seq_len: Longest sequence that the model takes.
         n_future: ``n``, the number of heads; head ``k`` in ``1..n`` predicts token ``t + k``.
-        variant: Architecture of the heads (paper, Appendix B).
-        tie_embeddings: The unembedding is the embedding (the paper does not tie).
+        variant: Architecture of the heads: "parallel", "linear", "replicated", "causal", "anticausal" (paper, Appendix
+            B), "sequential_modules" (DeepSeek-V3), or "shared" (n targets on one row of logits).
+        tie_embeddings: The unembedding is the embedding (the paper does not tie). Of several unembeddings, head 1's is.
+        replicate_unembedding: Each head has an unembedding of its own, as "replicated" always has.
         shared_final_norm: One final RMSNorm for all heads instead of one each.
+        softcap: Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2); default: they stay as they are.
+        dropout: Probability of dropping what a layer adds to the residual stream, in training.
         rope_theta: Base of the rotary frequencies.
         norm_eps: Added to the mean square in RMSNorm.
         init_std: Standard deviation of the initial matrices; default ``1 / sqrt(fan_in)``, which keeps unit variance.
@@ -61,7 +63,10 @@ class MTPConfig:
     n_future: int = 4
     variant: str = "parallel"
     tie_embeddings: bool = False
+    replicate_unembedding: bool = False
     shared_final_norm: bool = False
+    softcap: float | None = None
+    dropout: float = 0.0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     init_std: float | None = None
@@ -75,16 +80,20 @@ class MTPConfig:
         for name in ("n_kv_heads", "d_ff"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
-        for name in ("tie_embeddings", "shared_final_norm"):
+        for name in ("tie_embeddings", "replicate_unembedding", "shared_final_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("rope_theta", "norm_eps"):
             _check_number(name, getattr(self, name), allow_zero=False)
+        if self.softcap is not None:
+            _check_number("softcap", self.softcap, allow_zero=False)
+        _check_number("dropout", self.dropout, allow_zero=True)
+        if self.dropout >= 1:
+            raise ValueError(f"dropout must be less than 1, got {self.dropout}")
         for name in ("init_std", "embed_init_std", "unembed_init_std", "residual_init_scale"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), allow_zero=True)
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        check_variant(self.variant)
         self._check_shape()
 
     def _check_shape(self) -> None:
@@ -104,8 +113,8 @@ class MTPConfig:
             )
         if self.n_trunk_layers < 0:
             raise ValueError(
-                f"n_layers counts the layers of trunk and heads together, so it must be at least n_future, got "
-                f"n_layers={self.n_layers}, n_future={self.n_future}"
+                f"n_layers counts the layers of trunk and heads together, so it must be at least {self.n_head_layers} "
+                f"for variant {self.variant!r}, got n_layers={self.n_layers}, n_future={self.n_future}"
             )
 
     @classmethod
@@ -164,42 +173,84 @@ class MTPConfig:
         return math.ceil(8 * self.d_model / 3 / _FEED_FORWARD_MULTIPLE) * _FEED_FORWARD_MULTIPLE
 
     @property
+    def traits(self) -> Variant:
+        """What the variant's heads are made of."""
+        return VARIANTS[self.variant]
+
+    @property
+    def n_head_layers(self) -> int:
+        """Transformer layers of the heads, all together."""
+        return self.traits.n_layers(self.n_future)
+
+    @property
     def n_trunk_layers(self) -> int:
         """Transformer layers of the trunk, what the heads leave of ``n_layers``."""
-        return self.n_layers - (self.n_future if self.variant in _TRANSFORMER_HEADS else 0)
+        return self.n_layers - self.n_head_layers
 
     @property
     def path_layers(self) -> int:
         """Transformer layers between the tokens and the logits of the head that is furthest from the trunk."""
-        heads_on_path = {"parallel": 1, "causal": self.n_future, "anticausal": self.n_future}
-        return self.n_trunk_layers + heads_on_path.get(self.variant, 0)
+        on_path = min(1, self.n_head_layers) if self.traits.order == "independent" else self.n_head_layers
+        return self.n_trunk_layers + on_path
+
+    @property
+    def one_final_norm(self) -> bool:
+        """Whether all heads share the final norm."""
+        return self.shared_final_norm or self.traits.one_norm
+
+    @property
+    def replicates(self) -> bool:
+        """Whether each head has an unembedding of its own."""
+        return self.replicate_unembedding or self.traits.own_unembedding
+
+    @property
+    def n_unembeddings(self) -> int:
+        """1 if the heads share the unembedding, else ``n_future``."""
+        return self.n_future if self.replicates else 1
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters of ``embed``, ``trunk``, ``heads``, ``unembed`` (0 if tied), and the ``total``.
-
-        Raises:
-            NotImplementedError: The variant has no model yet.
-        """
-        check_implemented(self.variant)
-        layer = self.d_model * (
-            (2 * self.n_attn_heads + 2 * self.kv_heads) * self.head_dim + 3 * self.ff_dim + 2
-        )  # attention, SwiGLU, two norms
-        norms = self.d_model * (1 if self.shared_final_norm else self.n_future)
+        """Parameters of ``embed``, ``trunk``, ``heads``, ``unembed`` (less what is tied), and the ``total``."""
+        width = self.d_model
+        layer = width * ((2 * self.n_attn_heads + 2 * self.kv_heads) * self.head_dim + 3 * self.ff_dim + 2)
+        head = {
+            "transformer": self.n_future * layer,
+            "linear": self.n_future * width * width,
+            "module": (self.n_future - 1) * (layer + 2 * width * width + 2 * width),
+            "none": 0,
+        }
         counts = {
-            "embed": self.vocab_size * self.d_model,
+            "embed": self.vocab_size * width,
             "trunk": self.n_trunk_layers * layer,
-            "heads": self.n_future * layer + norms,
-            "unembed": 0 if self.tie_embeddings else self.vocab_size * self.d_model,
+            "heads": head[self.traits.layer] + width * (1 if self.one_final_norm else self.n_future),
+            "unembed": (self.n_unembeddings - self.tie_embeddings) * self.vocab_size * width,
         }
         return counts | {"total": sum(counts.values())}
 
+    def forward_flops(self, seq_len: int) -> dict[str, float]:
+        """Floating-point operations of a forward per token, of ``trunk``, ``heads``, ``unembed`` and ``total``.
 
-def check_implemented(variant: str) -> None:
-    """Raises NotImplementedError for an architecture that has a name but no model yet."""
-    if variant not in IMPLEMENTED_VARIANTS:
-        raise NotImplementedError(
-            f"variant {variant!r} is not implemented yet; use one of: {', '.join(IMPLEMENTED_VARIANTS)}"
-        )
+        A multiplication and an addition are two. Matrix products only: norms, rotations and the softmax are left out.
+        Training takes three times as many (each product has two in its backward).
+
+        Args:
+            seq_len: ``S``; a token attends to ``(S + 1) / 2`` tokens on average.
+        """
+        width, attention = self.d_model, self.n_attn_heads * self.head_dim
+        matrices = width * ((2 * self.n_attn_heads + 2 * self.kv_heads) * self.head_dim + 3 * self.ff_dim)
+        layer = 2.0 * matrices + 4.0 * attention * (seq_len + 1) / 2
+        head = {
+            "transformer": self.n_future * layer,
+            "linear": 2.0 * self.n_future * width * width,
+            "module": (self.n_future - 1) * (layer + 4.0 * width * width),
+            "none": 0.0,
+        }
+        rows = 1 if self.traits.one_norm and not self.replicates else self.n_future
+        flops = {
+            "trunk": self.n_trunk_layers * layer,
+            "heads": head[self.traits.layer],
+            "unembed": 2.0 * rows * self.vocab_size * width,
+        }
+        return flops | {"total": sum(flops.values())}
 
 
 def _check_count(name: str, value: object) -> None:

@@ -2,109 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_ext.nn.attention import AttentionContext
-from mtp_ext.nn.config import MTPConfig, check_implemented
-from mtp_ext.nn.layers import Block, RMSNorm, rms_norm
-from mtp_ext.nn.schedule import multi_token_loss
+from mtp_ext.nn.layers import RMSNorm, rms_norm
+from mtp_ext.nn.schedule import check_schedule, multi_token_loss
 from mtp_ext.nn.targets import Targets
+from mtp_ext.nn.unembedding import ReplicatedUnembedding
+from mtp_ext.nn.variants import VARIANTS, chains_of, check_variant
 from mtp_ext.ops.checks import describe
 from mtp_ext.ops.result import MultiTokenLoss
 
 
-class TransformerHead(nn.Module):
-    """One transformer layer and, unless the heads share one, the final norm before the unembedding.
+class Head(nn.Module):
+    """A layer and, unless the heads share one, the final norm before the unembedding.
 
     Args:
-        config: The model's.
-        layer: The layer's number in the key-value cache.
+        block: ``[B, S, D] -> [B, S, D]``. Its forward takes the hidden states and, if it has a second positional
+            parameter, the context of the trunk's forward; with ``reads_embedding = True``, also the embedding's weight.
+            None passes the input on.
+        norm: The final norm; None where the heads share one.
+        norm_eps: Of the shared norm.
     """
 
-    def __init__(self, config: MTPConfig, layer: int) -> None:
+    def __init__(self, block: nn.Module | None, norm: nn.Module | None, norm_eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm_eps = config.norm_eps
-        self.block = Block(config, layer)
-        self.norm = None if config.shared_final_norm else RMSNorm(config.d_model, config.norm_eps)
+        self.norm_eps = norm_eps
+        self.block, self.norm = block, norm
+        self.reads_embedding: bool = getattr(block, "reads_embedding", False)
+        self._reads_context = block is not None and _takes_two(block)
 
-    def forward(self, x: Tensor, context: AttentionContext, shared_norm: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, context: Any, shared_norm: Tensor | None = None, embedding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The layer's output and, normed, what the unembedding takes.
 
         Args:
             x: ``[B, S, D]``, the trunk's hidden states, or the output of the head before in a chained variant.
             context: That of the trunk's forward.
             shared_norm: ``[D]``, the weight of the shared final norm.
+            embedding: ``[V, D]``, for a block that reads it.
         Returns:
             Two ``[B, S, D]``.
         """
-        state: Tensor = self.block(x, context)
+        state = x
+        if self.block is not None:
+            arguments = [context] if self._reads_context else []
+            state = self.block(x, *arguments, *([embedding] if self.reads_embedding else []))
         if self.norm is not None:
             return state, self.norm(state)
-        assert shared_norm is not None, "a head has its own final norm or is given the shared one"
-        return state, rms_norm(state, shared_norm, self.norm_eps)
+        return state, state if shared_norm is None else rms_norm(state, shared_norm, self.norm_eps)
 
 
-class MTPHeads(nn.Module):
-    """The ``n`` heads of a model. Their parameters are ``0.*`` for head 1 to ``{n-1}.*``, and ``norm`` if shared.
+class Heads(nn.Module):
+    """``n`` heads and the order in which they run. Parameters: ``0.*`` (head 1) to ``{n-1}.*``, and ``norm`` if shared.
 
-    ``chains`` is the order in which heads run: the first head of a chain reads the trunk, each other one the layer
-    output of the head before it. In the parallel variant every head is a chain of its own.
+    ``chains`` is that order: the first head of a chain reads the trunk, each other one the layer output of the head
+    before it. In the parallel variant every head is a chain of its own. ``recompute = True`` makes chained heads keep
+    their inputs alone between forward and backward, and run again: ``B S D`` a head instead of a layer's activations.
 
     Args:
-        config: The model's.
-        unembed: The unembedding ``[V, D]``; the model owns it, the heads borrow it.
+        heads: The heads, 1 to ``n``.
+        unembed: A module with the unembedding ``weight``, ``[V, D]`` or ``[n, V, D]``; another module owns it.
+        variant: Whose order the heads run in.
+        width: ``D``.
+        norm: The final norm that the heads share.
+        softcap: Of the logits.
+        embed: The embedding, for heads that read it and for a replicated unembedding that is tied to it.
+        tied: Whether a replicated unembedding lacks head 1's matrix, because it is the embedding.
+    Raises:
+        ValueError: No heads, or an unknown variant.
     """
 
-    def __init__(self, config: MTPConfig, unembed: nn.Linear) -> None:
+    def __init__(
+        self,
+        heads: Sequence[Head],
+        unembed: nn.Module,
+        *,
+        variant: str,
+        width: int,
+        norm: RMSNorm | None = None,
+        softcap: float | None = None,
+        embed: nn.Embedding | None = None,
+        tied: bool = False,
+    ) -> None:
         super().__init__()
-        check_implemented(config.variant)
-        self.config = config
-        self.n_heads = config.n_future
-        self.chains: tuple[tuple[int, ...], ...] = tuple((k,) for k in range(1, self.n_heads + 1))
-        self._borrowed = (unembed,)  # in a tuple, so that it is not registered twice
-        for k in range(self.n_heads):
-            self.add_module(str(k), TransformerHead(config, config.n_trunk_layers + k))
-        self.norm = RMSNorm(config.d_model, config.norm_eps) if config.shared_final_norm else None
+        check_variant(variant)
+        if not heads:
+            raise ValueError("heads must hold at least one head, got none")
+        self.n_heads, self.width, self.softcap = len(heads), width, softcap
+        self.chains = chains_of(variant, self.n_heads)
+        self.one_row = VARIANTS[variant].one_norm and all(head.block is head.norm is None for head in heads)
+        self.recompute = False
+        # In a tuple, so that they are not registered twice.
+        self._borrowed = (unembed, embed)
+        self._tied = tied
+        for k, head in enumerate(heads):
+            self.add_module(str(k), head)
+        self.norm = norm
 
-    def head(self, k: int) -> TransformerHead:
+    def head(self, k: int) -> Head:
         """Head ``k``, 1-based."""
         head = self.get_submodule(str(k - 1))
-        assert isinstance(head, TransformerHead)
+        assert isinstance(head, Head)
         return head
 
     @property
     def unembedding(self) -> Tensor:
-        """``[V, D]``, shared by all heads."""
-        return self._borrowed[0].weight
+        """``[V, D]``, shared by all heads, or ``[n, V, D]``."""
+        unembed, embed = self._borrowed
+        if isinstance(unembed, ReplicatedUnembedding):
+            return unembed.all_with(embed.weight if self._tied and embed is not None else None)
+        weight = unembed.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
-    @property
-    def shared_norm(self) -> Tensor | None:
-        """The weight of the final norm, if the heads share one."""
-        return None if self.norm is None else self.norm.weight
+    def logits(self, k: int, normed: Tensor) -> Tensor:
+        """Head ``k``'s logits ``[..., V]`` of its normed output ``[..., D]``."""
+        weight = self.unembedding
+        logits = F.linear(normed, weight if weight.dim() == 2 else weight[k - 1])
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def run(self, k: int, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    def run(self, k: int, x: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Head ``k``'s layer output and its normed output, two ``[B, S, D]``; recorded by autograd as any module."""
-        state, normed = self.head(k)(x, context, self.shared_norm)
+        state, normed = self.head(k)(x, context, **self._common(k))
         return state, normed
 
     def parameters_of(self, k: int) -> list[Tensor]:
         """What head ``k`` reads beside its input, in a fixed order; heads may have parameters in common."""
-        shared = self.shared_norm
-        return [*self.head(k).parameters(), *([] if shared is None else [shared])]
+        return [*self.head(k).parameters(), *self._common(k).values()]
 
-    def run_with(
-        self, k: int, parameters: Sequence[Tensor], x: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Tensor]:
+    def run_with(self, k: int, parameters: Sequence[Tensor], x: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """:meth:`run` with stand-ins for :meth:`parameters_of`."""
         head = self.head(k)
         names = [name for name, _ in head.named_parameters()]
         own = dict(zip(names, parameters, strict=False))
-        shared = None if self.norm is None else parameters[len(names)]
-        state, normed = torch.func.functional_call(head, own, (x, context, shared), strict=True)
+        common = dict(zip(self._common(k), parameters[len(names) :], strict=True))
+        state, normed = torch.func.functional_call(head, own, (x, context), common)
         return state, normed
+
+    def _common(self, k: int) -> dict[str, Tensor]:
+        """What head ``k`` reads that is not its own, as keywords of its forward."""
+        common: dict[str, Tensor] = {} if self.norm is None else {"shared_norm": self.norm.weight}
+        embed = self._borrowed[1]
+        if self.head(k).reads_embedding:
+            assert embed is not None, "a head that reads the embedding is given one"
+            common["embedding"] = embed.weight
+        return common
+
+    def context(self, hidden: Tensor, tokens: Tensor | None, document_ids: Tensor | None) -> Any:
+        """What the heads are told beside the hidden states where the trunk has not run: the document ids ``[B, S]``."""
+        return document_ids
 
     def forward(
         self,
@@ -116,6 +169,8 @@ class MTPHeads(nn.Module):
         *,
         normalizer: str | float | Tensor = "per_head",
         ignore_index: int = -100,
+        detach_heads: Collection[int] = (),
+        detach_weight: Collection[int] = (),
         chunk_rows: int | None = None,
         workspace_bytes: int | None = None,
     ) -> MultiTokenLoss:
@@ -124,8 +179,9 @@ class MTPHeads(nn.Module):
         Args:
             hidden: ``[B, S, D]``, from the trunk.
         """
-        if hidden.dim() != 3 or hidden.shape[-1] != self.config.d_model:
-            raise ValueError(f"hidden must be [B, S, D] with D = {self.config.d_model}, got {describe(hidden)}")
+        if hidden.dim() != 3 or hidden.shape[-1] != self.width:
+            raise ValueError(f"hidden must be [B, S, D] with D = {self.width}, got {describe(hidden)}")
+        check_schedule(schedule)
         targets = Targets.checked(
             labels,
             batch=hidden.shape[0],
@@ -136,13 +192,53 @@ class MTPHeads(nn.Module):
             head_weights=head_weights,
             normalizer=normalizer,
             ignore_index=ignore_index,
+            detach_heads=detach_heads,
+            detach_weight=detach_weight,
             chunk_rows=chunk_rows,
             workspace_bytes=workspace_bytes,
         )
         seen = None if document_ids is None else document_ids[:, : hidden.shape[1]]
-        context = AttentionContext.of_sequences(self.config, hidden.shape[1], seen, hidden.device, hidden.dtype)
-        return self.loss(hidden, targets, context, schedule)
+        return self.loss(hidden, targets, self.context(hidden, labels, seen), schedule)
 
-    def loss(self, hidden: Tensor, targets: Targets, context: AttentionContext, schedule: str) -> MultiTokenLoss:
+    def loss(self, hidden: Tensor, targets: Targets, context: Any, schedule: str) -> MultiTokenLoss:
         """:meth:`forward` with checked targets and the context of the trunk's forward."""
         return multi_token_loss(self, hidden, self.unembedding, context, targets, schedule)
+
+
+HeadModules = Sequence[nn.Module] | Callable[[int], nn.Module]
+
+
+def make_heads(modules: HeadModules, n_future: int | None, width: int, norm_eps: float = 1e-5) -> list[Head]:
+    """Heads of a user's own modules, each with a final RMSNorm of its own; a :class:`Head` is taken as it is.
+
+    Args:
+        modules: One module a head, or a function that makes that of head ``k``, ``1..n``.
+        n_future: ``n``; needed with a function.
+        width: ``D``.
+        norm_eps: Of the norms that are made.
+    Raises:
+        TypeError, ValueError: No such modules, a wrong number of them, or one object for several heads.
+    """
+    if isinstance(modules, Sequence):
+        made = list(modules)
+        if n_future is not None and len(made) != n_future:
+            raise ValueError(f"heads must hold n_future={n_future} modules, got {len(made)}")
+    elif callable(modules) and not isinstance(modules, nn.Module):
+        if n_future is None:
+            raise ValueError("n_future must be given where heads is a function")
+        made = [modules(k) for k in range(1, n_future + 1)]
+    else:
+        raise TypeError(f"heads must be a list of modules or a function of k, got {describe(modules)}")
+    for k, module in enumerate(made, 1):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"heads must be modules, got {describe(module)} for head {k}")
+    if len({id(module) for module in made}) < len(made):
+        raise ValueError("heads must be n different modules, got one object twice: those heads would share all weights")
+    return [m if isinstance(m, Head) else Head(m, RMSNorm(width, norm_eps)) for m in made]
+
+
+def _takes_two(module: nn.Module) -> bool:
+    """Whether a module's forward takes a second positional argument: one that it needs, or one named context."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+    return len(positional) >= 2 and (positional[1].default is positional[1].empty or positional[1].name == "context")

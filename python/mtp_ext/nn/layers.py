@@ -83,7 +83,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer: ``x += attention(norm(x)); x += swiglu(norm(x))``.
+    """A pre-norm transformer layer: ``x += drop(attention(norm(x))); x += drop(swiglu(norm(x)))``.
 
     Args:
         config: The model's.
@@ -92,6 +92,7 @@ class Block(nn.Module):
 
     def __init__(self, config: MTPConfig, layer: int) -> None:
         super().__init__()
+        self.dropout = config.dropout
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config, layer)
         self.ff_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -99,6 +100,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """``[B, S, D] -> [B, S, D]``."""
-        x = x + self.attention(self.attention_norm(x), context)
-        y: Tensor = x + self.ff(self.ff_norm(x))
+        x = x + self._drop(self.attention(self.attention_norm(x), context))
+        y: Tensor = x + self._drop(self.ff(self.ff_norm(x)))
         return y
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout > 0 else x

@@ -2,43 +2,102 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_ext.nn.config import MTPConfig, check_implemented
-from mtp_ext.nn.heads import MTPHeads
+from mtp_ext.nn.attention import AttentionContext
+from mtp_ext.nn.composed import MultiTokenModel
+from mtp_ext.nn.config import MTPConfig
+from mtp_ext.nn.heads import Head, Heads
 from mtp_ext.nn.kv_cache import KVCache
-from mtp_ext.nn.schedule import check_schedule, head_outputs
-from mtp_ext.nn.targets import Targets
+from mtp_ext.nn.layers import Block, RMSNorm
+from mtp_ext.nn.sequential_module import SequentialModule, tokens_ahead
+from mtp_ext.nn.stack import head_outputs
 from mtp_ext.nn.trunk import Trunk
-from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.nn.unembedding import ReplicatedUnembedding
 
 
-class MTPModel(nn.Module):
+class MTPHeads(Heads):
+    """The heads that a configuration describes.
+
+    Args:
+        config: The model's.
+        unembed: The unembedding, ``[V, D]`` or ``[n, V, D]``; the model owns it, the heads borrow it.
+        embed: The embedding, likewise.
+    """
+
+    def __init__(self, config: MTPConfig, unembed: nn.Module, embed: nn.Embedding) -> None:
+        shared = config.one_final_norm
+        super().__init__(
+            [_make_head(config, k, own_norm=not shared) for k in range(1, config.n_future + 1)],
+            unembed,
+            variant=config.variant,
+            width=config.d_model,
+            norm=RMSNorm(config.d_model, config.norm_eps) if shared else None,
+            softcap=config.softcap,
+            embed=embed,
+            tied=config.tie_embeddings,
+        )
+        self.config = config
+
+    def context(self, hidden: Tensor, tokens: Tensor | None, document_ids: Tensor | None) -> AttentionContext:
+        """As of the base class. ``tokens [B, S']`` are read by heads that read tokens ahead."""
+        context = AttentionContext.of_sequences(self.config, hidden.shape[1], document_ids, hidden.device, hidden.dtype)
+        if tokens is None or not self.reads_tokens:
+            return context
+        seq_len = hidden.shape[1]
+        ahead = tokens_ahead(tokens[:, :seq_len].clamp(min=0), tokens, self.n_heads)
+        return dataclasses.replace(context, tokens=ahead)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether some head reads the tokens ahead."""
+        return any(self.head(k).reads_embedding for k in range(1, self.n_heads + 1))
+
+
+def _make_head(config: MTPConfig, k: int, *, own_norm: bool) -> Head:
+    """Head ``k``. Its layer's number in the key-value cache goes on from the trunk's."""
+    layer, kind = config.n_trunk_layers + k - 1, config.traits.layer
+    block: nn.Module | None = None
+    if kind == "transformer":
+        block = Block(config, layer)
+    elif kind == "linear":
+        block = nn.Linear(config.d_model, config.d_model, bias=False)
+    elif kind == "module" and k > 1:
+        block = SequentialModule(config, layer, k)
+    return Head(block, RMSNorm(config.d_model, config.norm_eps) if own_norm else None, config.norm_eps)
+
+
+class MTPModel(MultiTokenModel):
     """A language model that predicts the next ``n_future`` tokens from each position (Gloeckle et al. 2024).
 
-    ``P(x_{t+k} | x_{1..t}) = softmax(unembed @ head_k(trunk(x)_t))``. Parameters are named ``embed.weight``,
-    ``trunk.layers.*``, ``heads.0.*`` (head 1) to ``heads.{n-1}.*``, ``heads.norm.weight`` if the final norm is shared,
-    and ``unembed.weight`` (with ``tie_embeddings``, the same parameter as ``embed.weight``).
+    ``P(x_{t+k} | x_{1..t}) = softmax(unembed @ head_k(trunk(x)_t))``, with ``head_k`` as ``config.variant`` has it.
+    Parameters are named ``embed.weight``, ``trunk.layers.*``, ``heads.0.*`` (head 1) to ``heads.{n-1}.*``,
+    ``heads.norm.weight`` if the final norm is shared, and ``unembed.weight``: ``[V, D]`` (with ``tie_embeddings``, the
+    same parameter as ``embed.weight``), or of replicated unembeddings ``[n, V, D]`` (``[n - 1, V, D]``, heads 2 to n).
 
     Args:
         config: Sizes and choices.
-    Raises:
-        NotImplementedError: ``config.variant`` has no model yet.
     """
 
+    embed: nn.Embedding
+    trunk: Trunk
+    heads: MTPHeads
+
     def __init__(self, config: MTPConfig) -> None:
-        super().__init__()
-        check_implemented(config.variant)
+        embed = nn.Embedding(config.vocab_size, config.d_model)
+        unembed: nn.Module
+        if config.replicates:
+            n_own = config.n_unembeddings - config.tie_embeddings
+            unembed = ReplicatedUnembedding(n_own, config.vocab_size, config.d_model)
+        else:
+            unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        super().__init__(Trunk(config, embed), MTPHeads(config, unembed, embed), unembed, embed)
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.trunk = Trunk(config, self.embed)
-        self.heads = MTPHeads(config, self.unembed)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -51,11 +110,11 @@ class MTPModel(nn.Module):
         :class:`MTPConfig` has a field for each.
         """
         config = self.config
-        if config.tie_embeddings:
+        if config.tie_embeddings and isinstance(self.unembed, nn.Linear):
             self.unembed.weight = self.embed.weight  # also after to_empty, which takes tied parameters apart
         residual = config.residual_init_scale
         if residual is None:
-            residual = 1 / math.sqrt(2 * config.path_layers)
+            residual = 1 / math.sqrt(2 * max(1, config.path_layers))
         for name, module in self.named_modules():
             if isinstance(module, nn.RMSNorm):
                 nn.init.ones_(module.weight)
@@ -67,64 +126,24 @@ class MTPModel(nn.Module):
         if embed_std is None:
             embed_std = config.unembed_init_std if config.tie_embeddings else 1.0
         nn.init.normal_(self.embed.weight, std=embed_std)
-        if not config.tie_embeddings:
-            nn.init.normal_(self.unembed.weight, std=config.unembed_init_std)
+        if config.replicates or not config.tie_embeddings:
+            for weight in self.unembed.parameters():
+                nn.init.normal_(weight, std=config.unembed_init_std)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        head_weights: Tensor | Sequence[float] | None = None,
-        schedule: str = "sequential",
-        *,
-        normalizer: str | float | Tensor = "per_head",
-        ignore_index: int = -100,
-        chunk_rows: int | None = None,
-        workspace_bytes: int | None = None,
-    ) -> MultiTokenLoss | Tensor:
-        """The loss of all heads, or the next token's logits.
+    def prepare(self, tokens: Tensor, document_ids: Tensor | None) -> AttentionContext:
+        """As of the base class."""
+        return self.trunk.context(tokens, document_ids)
 
-        Args:
-            tokens: ``[B, S]`` int64 or int32.
-            labels: ``[B, S']``, ``S' >= S``, UNSHIFTED ids: head ``k`` at position ``s`` predicts ``labels[:, s + k]``;
-                ``S' = S + n`` loses no target.
-            document_ids: ``[B, S']``: attention and targets stay within tokens of one id.
-            head_weights: ``n`` numbers; default 1, the paper's plain sum.
-            schedule: ``"sequential"`` (least memory: ``loss.backward()`` then runs the trunk alone), ``"joint"``
-                (fastest for small batches) or ``"autograd"`` (plain torch with full logits). One loss, one gradient.
-            normalizer, ignore_index, chunk_rows, workspace_bytes: See :func:`mtp_ext.multi_token_cross_entropy`.
-        Returns:
-            With ``labels``, :class:`MultiTokenLoss`; only its ``loss`` is differentiable. Without, head 1's logits
-            ``[B, S, V]``.
-        Raises:
-            TypeError, ValueError: A wrong argument; raised before any work, but for labels that are no class.
-        """
-        context = self.trunk.context(tokens, document_ids)
-        if labels is None:
-            logits: Tensor = self.unembed(self.heads.run(1, self.trunk(tokens, context=context), context)[1])
-            return logits
-        check_schedule(schedule)
-        targets = Targets.checked(
-            labels,
-            batch=tokens.shape[0],
-            seq_len=tokens.shape[1],
-            n_heads=self.config.n_future,
-            device=tokens.device,
-            document_ids=document_ids,
-            head_weights=head_weights,
-            normalizer=normalizer,
-            ignore_index=ignore_index,
-            chunk_rows=chunk_rows,
-            workspace_bytes=workspace_bytes,
-        )
-        return self.heads.loss(self.trunk(tokens, context=context), targets, context, schedule)
+    def with_tokens_ahead(self, context: AttentionContext, tokens: Tensor, labels: Tensor | None) -> AttentionContext:
+        """As of the base class."""
+        if not self.heads.reads_tokens:
+            return context
+        return dataclasses.replace(context, tokens=tokens_ahead(tokens, labels, self.config.n_future))
 
-    def all_logits(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Logits of all heads, ``[n, B, S, V]``; ``[k - 1, :, s]`` predicts token ``s + k``. To inspect and to test."""
-        context = self.trunk.context(tokens, document_ids)
-        outputs = head_outputs(self.heads, self.trunk(tokens, context=context), context)
-        return F.linear(torch.stack(outputs), self.unembed.weight)
+    def run_trunk(self, tokens: Tensor, document_ids: Tensor | None, context: AttentionContext) -> Tensor:
+        """As of the base class."""
+        hidden: Tensor = self.trunk(tokens, context=context)
+        return hidden
 
     def next_token_logits(self, tokens: Tensor, cache: KVCache, counts: Sequence[int]) -> Tensor:
         """Reads tokens into ``cache`` and returns head 1's logits after the last token of each row.
@@ -137,8 +156,7 @@ class MTPModel(nn.Module):
             ``[B, V]``.
         """
         context = self.trunk.context(tokens, cache=cache)
-        normed = self.heads.run(1, self.trunk(tokens, context=context), context)[1]
+        normed = head_outputs(self.heads, self.trunk(tokens, context=context), context, active=(1,))[1]
         cache.advance(counts)
         last = torch.tensor(counts, device=tokens.device) - 1
-        logits: Tensor = self.unembed(normed[torch.arange(len(counts), device=tokens.device), last])
-        return logits
+        return self.heads.logits(1, normed[torch.arange(len(counts), device=tokens.device), last])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ class Targets:
     head_weights: Tensor | None  # [n]
     normalizer: str | float | Tensor
     ignore_index: int
+    active: frozenset[int]  # heads that run; the weight of the others is known to be 0
+    detach_heads: frozenset[int]
+    detach_weight: frozenset[int]
     chunk_rows: int | None
     workspace_bytes: int | None
 
@@ -36,6 +39,8 @@ class Targets:
         head_weights: Tensor | Sequence[float] | None = None,
         normalizer: str | float | Tensor = "per_head",
         ignore_index: int = -100,
+        detach_heads: Collection[int] = (),
+        detach_weight: Collection[int] = (),
         chunk_rows: int | None = None,
         workspace_bytes: int | None = None,
     ) -> Targets:
@@ -53,12 +58,16 @@ class Targets:
             checks.check_shape("document_ids", document_ids, labels.shape, "[B, S'] of labels")
         checks.check_positive_int("chunk_rows", chunk_rows)
         checks.check_positive_int("workspace_bytes", workspace_bytes)
+        weights = checks.checked_head_weights(head_weights, n_heads, device)
         return Targets(
             labels,
             document_ids,
-            checks.checked_head_weights(head_weights, n_heads, device),
+            weights,
             checks.checked_normalizer(normalizer),
             ignore_index,
+            _active_heads(head_weights if weights is None or weights.device.type != "cpu" else weights, n_heads),
+            checks.checked_heads("detach_heads", detach_heads, n_heads),
+            checks.checked_heads("detach_weight", detach_weight, n_heads),
             chunk_rows,
             workspace_bytes,
         )
@@ -70,8 +79,22 @@ class Targets:
             "head_weights": self.head_weights,
             "normalizer": self.normalizer,
             "ignore_index": self.ignore_index,
+            "detach_weight": self.detach_weight,
         }
 
     def of_the_chunks(self) -> dict[str, Any]:
         """Keywords that bound the memory of the fused loss and leave its value alone."""
         return {"chunk_rows": self.chunk_rows, "workspace_bytes": self.workspace_bytes}
+
+
+def _active_heads(head_weights: Tensor | Sequence[float] | None, n_heads: int) -> frozenset[int]:
+    """The heads whose weight is not known to be 0. A weight that is learned needs its head's loss, and one on a GPU is
+    not looked at: that would be a synchronisation."""
+    every = frozenset(range(1, n_heads + 1))
+    if head_weights is None or torch.compiler.is_compiling():
+        return every
+    if isinstance(head_weights, Tensor):
+        if head_weights.requires_grad or head_weights.device.type != "cpu":
+            return every
+        head_weights = head_weights.tolist()
+    return frozenset(k for k, weight in enumerate(head_weights, 1) if weight != 0)

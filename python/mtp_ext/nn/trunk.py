@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mtp_ext.nn.attention import AttentionContext
 from mtp_ext.nn.checks import check_document_ids, check_tokens
@@ -14,6 +16,8 @@ from mtp_ext.nn.layers import Block
 class Trunk(nn.Module):
     """Embedding and the trunk's transformer layers, without a final norm: that belongs to the heads.
 
+    With ``activation_checkpointing = True`` a layer keeps its input alone and runs again in the backward.
+
     Args:
         config: The model's.
         embed: The embedding; the model owns it (its name is ``embed.weight``), the trunk borrows it.
@@ -22,6 +26,7 @@ class Trunk(nn.Module):
     def __init__(self, config: MTPConfig, embed: nn.Embedding) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
         self._borrowed = (embed,)  # in a tuple, so that it is not registered twice
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_trunk_layers))
 
@@ -48,8 +53,9 @@ class Trunk(nn.Module):
         if context is None:
             context = self.context(tokens, document_ids, cache)
         x: Tensor = self._borrowed[0](tokens)
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x, context)
+            x = checkpoint(layer, x, context, use_reentrant=False) if again else layer(x, context)
         return x
 
     def context(

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from mtp_ext.nn import MTPConfig
+from mtp_ext.nn.variants import VARIANTS
 from mtp_ext.train.data import DataConfig
+from mtp_ext.train.loss_weights import LossWeights, parse_point
 from mtp_ext.train.schedule import Limits
 
 DEFAULT_MAX_SECONDS = 300.0
@@ -21,7 +23,7 @@ DEFAULT_TRUNK_LAYERS = 2
 DEFAULT_HEAD_DIM = 64
 FREE = {"resume": "free"}
 
-Variant = Literal["parallel", "linear", "replicated", "causal", "anticausal"]
+Variant = Literal["parallel", "linear", "replicated", "causal", "anticausal", "sequential_modules", "shared"]
 
 
 def _check_at_least(minimum: float, prefix: str, config: object, *names: str) -> None:
@@ -49,7 +51,8 @@ class ModelConfig:
     n_future: int = 4
     """Number of predicted tokens n: head k predicts the k-th token ahead."""
     variant: Variant = "parallel"
-    """Architecture of the heads (the paper's appendix B)."""
+    """Architecture of the heads: the paper's five (appendix B), DeepSeek-V3's modules, or n targets on a row of
+    logits."""
     d_model: int | None = None
     """Model width (default: the preset's, else the default run's)."""
     n_layers: int | None = None
@@ -64,6 +67,10 @@ class ModelConfig:
     """Longest sequence that the model takes, in tokens (default: four training sequences)."""
     tie_embeddings: bool = False
     """Whether the unembedding is the embedding."""
+    replicate_unembedding: bool = False
+    """One unembedding for each head, as the replicated variant always has."""
+    dropout: float = 0.0
+    """Probability of dropping what a layer adds to the residual stream."""
     shared_final_norm: bool = False
     """One final RMSNorm for all heads instead of one each."""
     rope_theta: float = 10_000.0
@@ -81,7 +88,7 @@ class ModelConfig:
         if preset is not None:
             return MTPConfig.preset(preset, vocab_size=vocab_size, **given)
         d_model = self.d_model or DEFAULT_D_MODEL
-        heads = 0 if self.variant in ("linear", "replicated") else self.n_future
+        heads = VARIANTS[self.variant].n_layers(self.n_future)
         shape = {
             "d_model": d_model,
             "n_layers": DEFAULT_TRUNK_LAYERS + heads,
@@ -112,7 +119,33 @@ class LossConfig:
     schedule: Literal["sequential", "joint", "autograd"] = "sequential"
     """sequential: head by head, least memory; joint: all heads in one pass; autograd: plain torch, the reference."""
     head_weights: tuple[float, ...] | None = None
-    """Weight of each head's loss (default: 1 each, the paper's sum)."""
+    """Weight of each head's loss (default: 1 each, the paper's sum). A head of weight 0 costs nothing."""
+    discount: float = 1.0
+    """Geometric discount: head k's weight is multiplied by discount^(k-1)."""
+    weight_points: tuple[str, ...] | None = None
+    """Factors of the heads' weights over the run, linear in between: fraction:weight,weight,... such as
+    0:1,0,0,0 0.5:1,1,1,1."""
+    curriculum: Literal["none", "forward", "reverse"] = "none"
+    """forward: head 1 first, one more after each 1/n of the run; reverse: all heads first, one less after each."""
+    recompute: bool = False
+    """Chained heads (causal, anticausal) run again in the backward instead of keeping their activations."""
+
+    def weights(self, n_future: int) -> LossWeights:
+        """The weights over the run.
+
+        Raises:
+            ValueError: They do not fit one another or the number of heads.
+        """
+        try:
+            return LossWeights(
+                n_future,
+                head_weights=self.head_weights,
+                discount=self.discount,
+                points=[parse_point(text) for text in self.weight_points or ()],
+                curriculum=self.curriculum,
+            )
+        except ValueError as error:
+            raise ValueError(f"loss.{error}") from None
 
 
 @dataclass(frozen=True)
@@ -246,11 +279,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_at_least(1, "", self, "max_steps", "max_tokens", "threads")
         _check_at_least(0, "", self, "max_seconds", "seed")
-        weights = self.loss.head_weights
-        if weights is not None and len(weights) != self.model.n_future:
-            raise ValueError(
-                f"loss.head_weights must have one weight per head (n_future={self.model.n_future}), got {weights!r}"
-            )
+        self.loss.weights(self.model.n_future)
 
     @property
     def limits(self) -> Limits:

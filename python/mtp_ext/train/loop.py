@@ -109,6 +109,7 @@ class Loop:
         return {
             **self.trainer.position(),
             **result.heads.as_dict(),
+            "head_weights": list(self.trainer.loss_weights.current),
             "grad_norm": result.grad_norm,
             "lr": factor * self.trainer.config.optim.lr,
             "tokens_per_second": self._step_tokens / self._step_seconds,
@@ -127,7 +128,8 @@ class Loop:
         fraction = progress.fraction(self.trainer.config.limits)
         gained = fraction - self._fraction_before
         left = (1.0 - fraction) * (progress.seconds - self._seconds_before) / gained if gained > 0 else None
-        losses = " ".join(f"{loss:.2f}" for loss in result.heads.head_loss)
+        weighted = zip(result.heads.head_loss, self.trainer.loss_weights.current, strict=True)
+        losses = " ".join(f"{loss:.2f}" if weight else "-" for loss, weight in weighted)
         speed = self._step_tokens / self._step_seconds
         status = f"step {progress.step}  loss per head {losses}  {speed:,.0f} tokens/s"
         self.display.update(fraction, left, status)

@@ -39,8 +39,9 @@ def _losses(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Fi
     figure, axes = _axes("Loss of each head", "loss (nats per token)")
     for k in range(len(train[0]["head_loss"])):
         colour = COLOURS[k % len(COLOURS)]
-        y = _smoothed([r["head_loss"][k] for r in train])
-        axes.plot(_tokens(train), y, color=colour, linewidth=1.2, label=f"head {k + 1} (token t+{k + 1})")
+        ran = [r for r in train if r.get("head_weights", r["head_loss"])[k] != 0]  # without a weight it has no loss
+        y = _smoothed([r["head_loss"][k] for r in ran])
+        axes.plot(_tokens(ran), y, color=colour, linewidth=1.2, label=f"head {k + 1} (token t+{k + 1})")
         if validation:
             y = [r["head_loss"][k] for r in validation]
             axes.plot(_tokens(validation), y, color=colour, linestyle="none", marker="o", markersize=5, mec="white")

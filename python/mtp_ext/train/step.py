@@ -42,6 +42,7 @@ def train_step(
     compute: Compute,
     loss: LossConfig,
     factor: float,
+    weights: Sequence[float] | None = None,
 ) -> StepResult:
     """Takes one step on micro-batches; the result is that of all their rows in one batch.
 
@@ -52,16 +53,23 @@ def train_step(
         compute: Where and in what precision.
         loss: Head weights and schedule.
         factor: The learning rate as a fraction of its peak.
+        weights: The heads' weights in this step; default those of ``loss`` at the start of a run.
     Raises:
         NotFiniteError: The loss or the gradient is not finite; nothing is updated.
     """
-    totals = HeadTotals(loss.head_weights)
-    shares = head_weights(batches, model.config.n_future, loss.head_weights)
+    if weights is None:
+        weights = loss.weights(model.config.n_future).current
+    totals = HeadTotals(weights)
+    shares = head_weights(batches, model.config.n_future, weights)
     for batch, share in zip(batches, shares, strict=True):
-        tokens, labels, document_ids, weights = (t.to(compute.device, non_blocking=True) for t in (*batch, share))
+        tokens, labels, document_ids = (t.to(compute.device, non_blocking=True) for t in batch)
         with compute.autocast():
             result = model(
-                tokens, labels=labels, document_ids=document_ids, head_weights=weights, schedule=loss.schedule
+                tokens,
+                labels=labels,
+                document_ids=document_ids,
+                head_weights=share.tolist(),  # numbers, not a tensor on the device: a head of weight 0 is then skipped
+                schedule=loss.schedule,
             )
         assert isinstance(result, MultiTokenLoss)
         result.loss.backward()  # type: ignore[no-untyped-call]

@@ -47,6 +47,8 @@ class Trainer:
             dataset, "train", batch.seq_len, model.config.n_future, batch.batch_size, config.seed
         )
         self.progress = Progress()
+        self.loss_weights = config.loss.weights(model.config.n_future)
+        model.heads.recompute = config.loss.recompute
         self.has_validation = "validation" in dataset.splits
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -61,6 +63,8 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         self.stream.load_state_dict(state["stream"])
         self.progress = Progress(**state["progress"])
+        if "loss_weights" in state:  # checkpoints of before the weights changed over time have none
+            self.loss_weights.load_state_dict(state["loss_weights"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.compute.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.compute.device)
@@ -72,6 +76,7 @@ class Trainer:
             "optimizers": self.optimizers.state_dict(),
             "stream": self.stream.state_dict(),
             "progress": self.progress.state_dict(),
+            "loss_weights": self.loss_weights.state_dict(),
             "rng": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.compute.device) if on_gpu else None,
@@ -99,7 +104,7 @@ class Trainer:
             batch_size=self.config.evaluation.batch_size,
             batches=batches,
             schedule=self.config.loss.schedule,
-            head_weights=self.config.loss.head_weights,
+            head_weights=self.loss_weights.base,
         )
 
     def position(self) -> dict[str, float]:
@@ -126,7 +131,8 @@ class Trainer:
         self.model.train()
         batches = [next(self.stream) for _ in range(self.config.batch.accumulation)]
         factor = self.learning_rate_factor()
-        result = train_step(self.model, self.optimizers, batches, self.compute, self.config.loss, factor)
+        weights = self.loss_weights.advance(self.progress.fraction(self.config.limits))
+        result = train_step(self.model, self.optimizers, batches, self.compute, self.config.loss, factor, weights)
         self.progress.step += 1
         self.progress.tokens += self.config.tokens_per_step
         return result

@@ -1,0 +1,56 @@
+"""The multi-token prediction module of DeepSeek-V3 (arXiv 2412.19437, section 2.2)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_ext.nn.attention import AttentionContext
+from mtp_ext.nn.config import MTPConfig
+from mtp_ext.nn.layers import Block, RMSNorm
+
+
+class SequentialModule(nn.Module):
+    """``layer(joint @ [norm(state of the head before); norm(embedding of the token before the target)])``.
+
+    Head ``k`` at position ``s`` predicts token ``s + k`` from the state of head ``k - 1`` and the embedding of token
+    ``s + k - 1``: it keeps the causal chain at each depth. Head 1 is the trunk's own and has no such module. The
+    embedding and the unembedding are those of the model.
+
+    Args:
+        config: The model's.
+        layer: The layer's number in the key-value cache.
+        head: ``k >= 2``.
+    """
+
+    reads_embedding = True
+
+    def __init__(self, config: MTPConfig, layer: int, head: int) -> None:
+        super().__init__()
+        self.ahead = head - 1
+        self.state_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.token_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.joint = nn.Linear(2 * config.d_model, config.d_model, bias=False)
+        self.block = Block(config, layer)
+
+    def forward(self, x: Tensor, context: AttentionContext, embedding: Tensor) -> Tensor:
+        """``[B, S, D] -> [B, S, D]``; ``context.tokens [B, >= S + k - 1]``, ``embedding [V, D]``."""
+        assert context.tokens is not None, "the model gives the tokens ahead to heads that read them"
+        tokens = context.tokens[:, self.ahead : self.ahead + x.shape[1]]
+        read = F.embedding(tokens, embedding)
+        joined = torch.cat([self.state_norm(x), self.token_norm(read)], dim=-1)
+        y: Tensor = self.block(self.joint(joined), context)
+        return y
+
+
+def tokens_ahead(tokens: Tensor, labels: Tensor | None, n_future: int) -> Tensor:
+    """The row's tokens and the ``n - 1`` after it, ``[B, S + n - 1]``.
+
+    What ``labels [B, S']`` do not tell, because they end or hold no token there (a negative id), is token 0: targets
+    beyond it lie past the end too, or are preceded by padding.
+    """
+    seq_len = tokens.shape[1]
+    after = tokens[:, :0] if labels is None else labels[:, seq_len : seq_len + n_future - 1].clamp(min=0)
+    whole = torch.cat([tokens, after.to(tokens.dtype)], dim=1)
+    return F.pad(whole, (0, seq_len + n_future - 1 - whole.shape[1]))

@@ -1,0 +1,74 @@
+"""What every schedule stands on: the heads as it sees them, and the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class HeadStack(Protocol):
+    """What a schedule needs of the heads; see :class:`mtp_ext.nn.heads.Heads`."""
+
+    n_heads: int
+    chains: tuple[tuple[int, ...], ...]
+    recompute: bool
+    softcap: float | None
+    one_row: bool  # the heads all give the same output
+    training: bool
+
+    def run(self, k: int, x: Tensor, context: Any) -> tuple[Tensor, Tensor]: ...
+
+    def run_with(self, k: int, parameters: Sequence[Tensor], x: Tensor, context: Any) -> tuple[Tensor, Tensor]: ...
+
+    def parameters_of(self, k: int) -> list[Tensor]: ...
+
+
+def chains_to_run(heads: HeadStack, active: Collection[int]) -> list[tuple[int, ...]]:
+    """The chains, each as far as its last active head; those without one are left out."""
+    found = []
+    for chain in heads.chains:
+        wanted = [i for i, k in enumerate(chain) if k in active]
+        if wanted:
+            found.append(chain[: wanted[-1] + 1])
+    return found
+
+
+def head_outputs(
+    heads: HeadStack,
+    hidden: Tensor,
+    context: Any,
+    active: Collection[int] | None = None,
+    detach_heads: Collection[int] = (),
+) -> dict[int, Tensor]:
+    """The normed outputs ``[B, S, D]`` of the heads, by ``k``, recorded by autograd.
+
+    Args:
+        heads: The heads.
+        hidden: ``[B, S, D]``, the trunk's output.
+        context: That of the trunk's forward.
+        active: Which heads are wanted; default all.
+        detach_heads: Heads that send no gradient to what they read.
+    """
+    wanted = range(1, heads.n_heads + 1) if active is None else active
+    again = heads.recompute and torch.is_grad_enabled()
+    outputs: dict[int, Tensor] = {}
+    for chain in chains_to_run(heads, wanted):
+        x = hidden
+        for k in chain:
+            x = x.detach() if k in detach_heads else x
+            if again:
+                x, outputs[k] = checkpoint(heads.run, k, x, context, use_reentrant=False)
+            else:
+                x, outputs[k] = heads.run(k, x, context)
+    return {k: outputs[k] for k in sorted(outputs) if k in wanted}
+
+
+def scaled(grads: Sequence[Tensor | None], by: Tensor) -> list[Tensor | None]:
+    """Saved gradients times the incoming one: as they are or copies, never scaled in place: backward may run again."""
+    if by.device.type == "cpu" and by.item() == 1.0:
+        return list(grads)
+    return [None if g is None else g * by.to(g.dtype) for g in grads]

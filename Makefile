@@ -8,7 +8,8 @@ ARGS ?=
 # Not exported to all recipes: `env` must find the base interpreter, not the one that it made.
 USE = export PATH="$(CURDIR)/$(VENV)/bin:$$PATH";
 
-NATIVE_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/native/*.h tests/native/*.cpp)
+NATIVE_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tests/native/*.h tests/native/*.cpp \
+  tests/native/emulator/*.h tests/native/emulator/*.cpp tests/native/emulator/include/*.h examples/cpp/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help env train test native sanitize lint format types bench fuzz clean distclean

@@ -4,6 +4,7 @@
 # MTP_CI_CUDA_CACHE. Exits 0 with the reason when the machine cannot do it; MTP_CI_CUDA=0 skips it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+tree=$PWD
 
 torch=2.14.1 cuda_major=13 need_gb=20
 cache=${MTP_CI_CUDA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mtp_ext/cuda-$torch}
@@ -50,3 +51,4 @@ cuda = [name for name in ops if torch._C._dispatch_has_kernel_for_dispatch_key(n
 assert cuda, f"none of {ops} has a CUDA kernel"
 print(f"CUDA build: torch {torch.__version__}, {len(cuda)} of {len(ops)} operators have a CUDA kernel, import works")
 EOF
+"$python" "$tree/.ci/trace_cuda.py"

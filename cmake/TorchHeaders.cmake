@@ -7,7 +7,9 @@ function(mtp_ext_torch_headers)
     return()
   endif()
   set(directories ${Python_INCLUDE_DIRS})
-  foreach(module torch pybind11)  # found, not imported: an import of torch takes seconds
+  # pybind11 before torch, whose own copy refuses to be included beside the stable ABI (torch 2.11). Found, not imported:
+  # an import of torch takes seconds.
+  foreach(module pybind11 torch)
     execute_process(
       COMMAND ${Python_EXECUTABLE} -c
               "from importlib.util import find_spec as f; s = f('${module}'); print(s.submodule_search_locations[0] if s else '')"

@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if "gpu" in item.keywords]
+    marked = [item for item in items if item.get_closest_marker("gpu") is not None]
     if marked and (reason := missing_gpu()) is not None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -8,6 +8,7 @@
 // both the loss and p_y - 1 keep their relative accuracy as p_y -> 1, where `p_y - 1` of a rounded p_y has none.
 #pragma once
 #include <cmath>
+#include <cstdint>
 
 #include "core/macros.h"
 
@@ -15,14 +16,16 @@ namespace mtp {
 
 // What one pass over a row, or over one shard of it, finds. Where the target lies in another shard, its two fields are
 // 0, so that shards combine by sums once `sum_others` is brought to the common maximum.
-struct RowStatistics {
-  double max;                  // largest logit
-  double sum_others;           // sum over v != y of exp(l_v - max)
-  double target_logit;         // l_y
-  double target_class_weight;  // c_y
-  double weighted_sum;         // sum_v c_v l_v, read only with smoothing
-  double argmax;               // first index of max, counted over the whole vocabulary
+template <typename real_t>
+struct BasicRowStatistics {
+  real_t max;                  // largest logit
+  real_t sum_others;           // sum over v != y of exp(l_v - max)
+  real_t target_logit;         // l_y
+  real_t target_class_weight;  // c_y
+  real_t weighted_sum;         // sum_v c_v l_v, read only with smoothing
+  real_t argmax;               // first index of max, counted over the whole vocabulary
 };
+using RowStatistics = BasicRowStatistics<double>;
 constexpr int kRowStatistics = 6;
 
 struct RowOptions {
@@ -32,34 +35,42 @@ struct RowOptions {
   int64_t vocab_size = 0;         // classes in all, over every shard
 };
 
-struct RowLoss {
-  double loss;         // without the row weight
-  double lse;          // log sum_v exp(l_v)
-  double prob_scale;   // A / sum: d l_v = prob_scale * exp(l_v - max) - uniform * c_v for v != y
-  double uniform;      // w e / V
-  double target_grad;  // d l_y, complete
+template <typename real_t>
+struct BasicRowLoss {
+  real_t loss;         // without the row weight
+  real_t lse;          // log sum_v exp(l_v)
+  real_t prob_scale;   // A / sum: d l_v = prob_scale * exp(l_v - max) - uniform * c_v for v != y
+  real_t uniform;      // w e / V
+  real_t target_grad;  // d l_y, complete
 };
+using RowLoss = BasicRowLoss<double>;
 
-MTP_HD RowLoss finish_row(const RowStatistics& row, const RowOptions& opt, double weight, double lse_grad) {
-  const double shifted = row.target_logit - row.max;  // <= 0
-  const double target_exp = exp(shifted);
-  const double sum = row.sum_others + target_exp;
-  // shifted == 0: the target is the largest logit, and log1p keeps what log(1 + tiny) would round away.
-  const double log_sum = shifted == 0.0 ? log1p(row.sum_others) : log(sum);
-  const double nll = log_sum - shifted;
-  const double lse = row.max + log_sum;
-  const double hard = (1.0 - opt.label_smoothing) * row.target_class_weight;
-  double loss = hard * nll + opt.z_loss * lse * lse;
-  double rest = 2.0 * opt.z_loss * lse;  // coefficient of p beside the hard target's
-  double uniform = 0.0;
-  if (opt.label_smoothing > 0.0) {
-    const double share = opt.label_smoothing / static_cast<double>(opt.vocab_size);
-    loss += share * (opt.class_weight_sum * lse - row.weighted_sum);
-    rest += share * opt.class_weight_sum;
+// In float64 on the CPU. In float32 on a GPU, where the registers of the float64 logarithm would cost a third of the
+// threads; the terms are arranged so that each keeps its relative accuracy.
+template <typename real_t>
+MTP_HD BasicRowLoss<real_t> finish_row(const BasicRowStatistics<real_t>& row, const RowOptions& opt, real_t weight,
+                                       real_t lse_grad) {
+  const auto smoothing = static_cast<real_t>(opt.label_smoothing), z_loss = static_cast<real_t>(opt.z_loss);
+  const real_t shifted = row.target_logit - row.max;  // <= 0
+  const real_t target_exp = std::exp(shifted);
+  const real_t sum = row.sum_others + target_exp;
+  // Where the target is not the largest logit, sum >= 1; where it is, sum - 1 would round away what log1p keeps.
+  const real_t log_sum = std::log1p(shifted == 0 ? row.sum_others : sum - 1);
+  const real_t nll = log_sum - shifted;
+  const real_t lse = row.max + log_sum;
+  const real_t hard = (1 - smoothing) * row.target_class_weight;
+  real_t loss = hard * nll + z_loss * lse * lse;
+  real_t rest = 2 * z_loss * lse;  // coefficient of p beside the hard target's
+  real_t uniform = 0;
+  if (smoothing > 0) {
+    const auto class_weight_sum = static_cast<real_t>(opt.class_weight_sum);
+    const real_t share = smoothing / static_cast<real_t>(opt.vocab_size);
+    loss += share * (class_weight_sum * lse - row.weighted_sum);
+    rest += share * class_weight_sum;
     uniform = weight * share;
   }
-  const double soft = weight * rest + lse_grad;
-  const double p_minus_one = -row.sum_others / sum;
+  const real_t soft = weight * rest + lse_grad;
+  const real_t p_minus_one = -row.sum_others / sum;
   return {loss, lse, (weight * hard + soft) / sum, uniform,
           weight * hard * p_minus_one + soft * (target_exp / sum) - uniform * row.target_class_weight};
 }

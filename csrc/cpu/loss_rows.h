@@ -14,54 +14,13 @@
 // count. Numerics  float32 sums over blocks of 1024, then float64; bfloat16 rows are widened to float32 once and
 // rounded once.
 //           -inf logits contribute 0; NaN propagates into the row's loss and gradient.
-// Caller    every rows[r] counts (TargetRule::counts) and its target is a class of the whole vocabulary.
+// Caller    every rows[r] is -1 or counts (TargetRule::counts), and then its target is a class of the whole vocabulary.
 #pragma once
 #include <cstdint>
 
-#include "core/dtype.h"
-#include "core/row_loss.h"
-#include "core/target_rule.h"
+#include "core/loss_rows_params.h"
 
 namespace mtp {
-
-enum class Gradient { kSkip, kWrite };
-
-// kWhole does a row at once. Where the vocabulary is sharded over processes, kStatistics reads this shard's logits (and
-// leaves in them what kGradient needs), the caller combines the statistics of all shards, and kGradient ends the row.
-enum class Stage { kWhole, kStatistics, kGradient };
-
-template <typename acc_t>  // float for float32 and bfloat16 logits, double for float64
-struct LossRowsParams {
-  void* logits;
-  DType dtype;
-  int64_t row_stride, vocab_size;
-  const int64_t* rows;
-  TargetRule targets;
-  const acc_t* head_scale;
-  const acc_t* row_scale;       // or null: 1
-  const acc_t* lse_grad;        // or null: 0
-  const float* class_weights;   // or null: 1
-  const acc_t* bias;            // or null: 0
-  double logit_scale, softcap;  // softcap 0: none
-  RowOptions options;
-  Gradient gradient;
-  Stage stage;
-  int64_t vocab_start;  // class of the first column
-  double* statistics;   // [R, kRowStatistics]: written by kStatistics, read (combined) by kGradient
-  double* local_max;    // [R]: the shard's own maximum, kept from kStatistics to kGradient
-  acc_t* loss;
-  acc_t* lse;
-  int32_t* predicted;
-
-  double class_weight(int64_t v) const { return class_weights == nullptr ? 1.0 : class_weights[v]; }
-
-  bool holds(int64_t target) const { return target >= vocab_start && target < vocab_start + vocab_size; }
-
-  double row_weight(int64_t row, TargetRule::Location at) const {
-    const double w = static_cast<double>(head_scale[at.head]) * targets.token_weight(at);
-    return row_scale == nullptr ? w : w * row_scale[row];
-  }
-};
 
 using LossRowsFloat = void (*)(const LossRowsParams<float>& params, int64_t begin, int64_t end);
 

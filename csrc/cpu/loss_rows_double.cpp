@@ -47,7 +47,12 @@ void finish(double* x, const LossRowsParams<double>& p, int64_t row, int64_t tar
 }
 
 void process_row(double* x, const LossRowsParams<double>& p, int64_t r) {
-  const int64_t row = p.rows[r], target = p.targets.target(p.targets.locate(row));
+  const int64_t row = p.rows[r];
+  if (row < 0) {
+    if (p.writes_gradient()) std::memset(x, 0, static_cast<size_t>(p.vocab_size) * sizeof(double));
+    return;
+  }
+  const int64_t target = p.targets.target(p.targets.locate(row));
   RowStatistics stats;
   if (p.stage == Stage::kGradient) {
     std::memcpy(&stats, p.statistics + r * kRowStatistics, sizeof(stats));

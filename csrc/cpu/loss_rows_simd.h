@@ -212,7 +212,12 @@ void finish(float* x, const LossRowsParams<float>& p, int64_t row, int64_t targe
 }
 
 void process_row(float* x, const LossRowsParams<float>& p, int64_t r, Scratch& scratch) {
-  const int64_t row = p.rows[r], target = p.targets.target(p.targets.locate(row));
+  const int64_t row = p.rows[r];
+  if (row < 0) {
+    if (p.writes_gradient()) std::memset(x, 0, static_cast<size_t>(p.vocab_size) * sizeof(float));
+    return;
+  }
+  const int64_t target = p.targets.target(p.targets.locate(row));
   if (p.stage == Stage::kGradient) {
     RowStatistics stats;
     std::memcpy(&stats, p.statistics + r * kRowStatistics, sizeof(stats));

@@ -1,5 +1,7 @@
 #include "cpu/select_rows.h"
 
+#include <algorithm>
+
 namespace mtp {
 
 int64_t select_rows(const TargetRule& rule, int64_t num_heads, int64_t vocab_size, int64_t* rows, int64_t* counts) {
@@ -18,6 +20,7 @@ int64_t select_rows(const TargetRule& rule, int64_t num_heads, int64_t vocab_siz
     }
     counts[head] = selected - before;
   }
+  std::fill(rows + selected, rows + row, int64_t{-1});
   return first_invalid;
 }
 

@@ -15,6 +15,21 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float64, float16 or bfloat16");
+  }
+}
+
 inline IndexType index_type_of(const Tensor& x, const char* name) {
   if (x.scalar_type() == ScalarType::Long) return IndexType::kInt64;
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int, name, " must be int32 or int64");

@@ -10,5 +10,14 @@ STABLE_TORCH_LIBRARY(mtp_ext, m) {
       "Tensor? lse_grad, Tensor? token_weights, Tensor? class_weights, Tensor? bias, int seq_len, int first_shift, "
       "float label_smoothing, float z_loss, float class_weight_sum, float softcap, float logit_scale, "
       "bool write_gradient, Tensor(b!) loss, Tensor(c!) lse, Tensor(d!) predicted, str stage='whole', "
-      "int vocab_start=0, int? total_vocab=None, Tensor(e!)? statistics=None, Tensor(f!)? local_max=None) -> ()");
+      "int vocab_start=0, int? total_vocab=None, Tensor(e!)? statistics=None, Tensor(f!)? local_max=None, "
+      "Tensor? class_weight_total=None) -> ()");
+  // On CUDA only; elsewhere the Python layer does the same with torch's own operators.
+  m.def("_column_sum_(Tensor x, Tensor(a!) out, bool accumulate) -> ()");
+  m.def("_scale_into_(Tensor x, Tensor scale, Tensor(a!) out) -> ()");
+  m.def("_decode(Tensor hidden, Tensor weight, int top) -> (Tensor logits, Tensor ids, Tensor lse)");
+  m.def("_rms_norm_heads(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor y, Tensor h, Tensor rstd)");
+  m.def(
+      "_rms_norm_heads_backward(Tensor grad_y, Tensor h, Tensor? grad_h, Tensor weight, Tensor rstd) -> "
+      "(Tensor grad_x, Tensor grad_weight)");
 }

@@ -5,100 +5,19 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <random>
 #include <vector>
 
 #include "check.h"
 #include "cpu/capability.h"
+#include "loss_problem.h"
 
 namespace {
 
+using loss_problem::Expected;
+using loss_problem::Options;
+using loss_problem::Problem;
+
 constexpr double kInf = std::numeric_limits<double>::infinity();
-
-struct Options {
-  double smoothing = 0, z_loss = 0, softcap = 0, scale = 1;
-  bool bias = false, class_weights = false, token_weights = false, row_scale = false, lse_grad = false;
-};
-
-struct Expected {
-  double loss, lse;
-  int predicted;
-  std::vector<double> grad;
-};
-
-// One problem: `heads` heads over one batch row, so that row r of head k predicts labels[s + 1 + k].
-struct Problem {
-  int64_t vocab, seq, heads;
-  Options opt;
-  std::vector<double> logits;  // [heads * seq, vocab], rounded to the kernel's dtype
-  std::vector<int64_t> labels, rows;
-  std::vector<double> head_scale, row_scale, lse_grad, bias;
-  std::vector<float> class_weights, token_weights;
-
-  Problem(int64_t vocab, int64_t seq, int64_t heads, Options opt, bool bfloat16, unsigned seed)
-      : vocab(vocab), seq(seq), heads(heads), opt(opt) {
-    std::mt19937 rng(seed);
-    std::normal_distribution<float> normal(0.0f, 4.0f);
-    std::uniform_real_distribution<float> uniform(0.5f, 1.5f);
-    const auto fill = [&](auto& values, int64_t size, auto draw) {
-      values.resize(static_cast<size_t>(size));
-      for (auto& value : values) value = draw();
-    };
-    fill(logits, heads * seq * vocab, [&] {
-      const float x = normal(rng);
-      return static_cast<double>(bfloat16 ? mtp::to_float(mtp::to_bfloat16(x)) : x);
-    });
-    fill(labels, seq + heads, [&] { return static_cast<int64_t>(rng() % static_cast<uint64_t>(vocab)); });
-    fill(head_scale, heads, [&] { return static_cast<double>(uniform(rng)); });
-    fill(row_scale, heads * seq, [&] { return static_cast<double>(uniform(rng)); });
-    fill(lse_grad, heads * seq, [&] { return static_cast<double>(uniform(rng)); });
-    fill(bias, vocab, [&] { return static_cast<double>(uniform(rng)); });
-    fill(class_weights, vocab, [&] { return uniform(rng); });
-    fill(token_weights, seq + heads, [&] { return uniform(rng); });
-    rows.resize(static_cast<size_t>(heads * seq));
-    for (size_t r = 0; r < rows.size(); ++r) rows[r] = static_cast<int64_t>(r);
-    std::reverse(rows.begin(), rows.end());  // the row table, not the position, decides where results go
-  }
-
-  double class_weight(int64_t v) const { return opt.class_weights ? class_weights[static_cast<size_t>(v)] : 1.0; }
-
-  // The loss of flat row `row` whose logits are `x`, and d(w loss + u lse)/dx, term by term.
-  Expected expect(const double* x, int64_t row) const {
-    const int64_t head = row / seq, target = labels[static_cast<size_t>(row % seq + 1 + head)];
-    const auto n = static_cast<size_t>(vocab);
-    std::vector<long double> l(n), slope(n);
-    for (size_t v = 0; v < n; ++v) {
-      const long double t = static_cast<long double>(opt.scale) * (x[v] + (opt.bias ? bias[v] : 0.0));
-      l[v] = opt.softcap > 0 ? opt.softcap * std::tanh(t / opt.softcap) : t;
-      slope[v] = opt.scale * (opt.softcap > 0 ? 1 - (l[v] / opt.softcap) * (l[v] / opt.softcap) : 1.0L);
-    }
-    const auto best = std::max_element(l.begin(), l.end());
-    long double sum = 0, weight_sum = 0, smooth = 0;
-    for (size_t v = 0; v < n; ++v) sum += std::exp(l[v] - *best);
-    const long double lse = *best + std::log(sum);
-    for (size_t v = 0; v < n; ++v) {
-      weight_sum += class_weight(static_cast<int64_t>(v));
-      if (opt.smoothing > 0) smooth += class_weight(static_cast<int64_t>(v)) * (lse - l[v]);
-    }
-    const long double share = opt.smoothing / static_cast<long double>(vocab);
-    const long double hard = (1 - opt.smoothing) * class_weight(target);
-    Expected e{
-        static_cast<double>(hard * (lse - l[static_cast<size_t>(target)]) + share * smooth + opt.z_loss * lse * lse),
-        static_cast<double>(lse), static_cast<int>(best - l.begin()), std::vector<double>(n)};
-    long double w = head_scale[static_cast<size_t>(head)];
-    if (opt.token_weights) w *= token_weights[static_cast<size_t>(row % seq + 1 + head)];
-    if (opt.row_scale) w *= row_scale[static_cast<size_t>(row)];
-    const long double u = opt.lse_grad ? lse_grad[static_cast<size_t>(row)] : 0.0;
-    const long double a = w * (hard + share * weight_sum + 2 * opt.z_loss * lse) + u;
-    for (size_t v = 0; v < n; ++v) {
-      const bool is_target = static_cast<int64_t>(v) == target;
-      const long double p = std::exp(l[v] - lse);
-      e.grad[v] = static_cast<double>(
-          (a * p - w * share * class_weight(static_cast<int64_t>(v)) - (is_target ? w * hard : 0.0L)) * slope[v]);
-    }
-    return e;
-  }
-};
 
 template <typename acc_t>
 struct Buffers {
@@ -253,22 +172,10 @@ std::vector<mtp::CpuCapability> available() {
   return all;
 }
 
-std::vector<Options> option_sets() {
-  Options smoothing, everything, capped, affine, weighted;
-  smoothing.smoothing = 0.1, smoothing.z_loss = 1e-3;
-  capped.softcap = 5.0;
-  affine.scale = 0.5, affine.bias = true;
-  weighted.class_weights = weighted.token_weights = weighted.row_scale = weighted.lse_grad = true;
-  everything = weighted;
-  everything.smoothing = 0.2, everything.z_loss = 1e-2, everything.softcap = 8.0, everything.scale = 1.5;
-  everything.bias = true;
-  return {Options{}, smoothing, capped, affine, weighted, everything};
-}
-
 // Rows whose maximum moves from block to block of the kernel: rising, falling, and after whole blocks of -inf.
 void run_moving_maximum(mtp::CpuCapability isa) {
   const auto run = [&](auto logit_of) {
-    Problem p(3 * 1024 + 5, 2, 1, Options{}, false, 1);
+    Problem p(3 * 1024 + 5, 2, 1, Options{}, loss_problem::keep, 1);
     for (size_t i = 0; i < p.logits.size(); ++i)
       p.logits[i] = static_cast<float>(logit_of(static_cast<int64_t>(i) % p.vocab, p.logits[i]));
     p.labels = {0, 5, p.vocab - 1};
@@ -280,10 +187,26 @@ void run_moving_maximum(mtp::CpuCapability isa) {
   run([](int64_t v, double x) { return v < 2048 && v != 5 ? -kInf : x - 1000.0; });
 }
 
+// A row of -1 is no row: its gradient is zeros, its tables stay.
+void run_absent_row(mtp::CpuCapability isa) {
+  const Problem p(100, 3, 1, Options{}, loss_problem::keep, 1);
+  Buffers<float> out(p, mtp::Gradient::kWrite);
+  const std::vector<int64_t> rows{2, -1, 0};
+  std::vector<float> x(p.logits.begin(), p.logits.end());
+  std::fill(x.begin() + 100, x.begin() + 200, NAN);
+  out.params.rows = rows.data();
+  out.params.logits = x.data();
+  out.params.row_stride = p.vocab;
+  out.params.dtype = mtp::DType::kFloat32;
+  mtp::loss_rows_kernel(isa)(out.params, 0, 3);
+  CHECK(std::all_of(x.begin() + 100, x.begin() + 200, [](float g) { return g == 0.0f; }));
+  CHECK(out.loss[1] == -7.0f && out.predicted[1] == -7 && out.loss[0] > 0 && out.loss[2] > 0);
+}
+
 // Numbers that a careless kernel gets wrong: a certain target, -inf, NaN, a row of one class.
 void run_extremes(mtp::CpuCapability isa) {
   const auto grads_of = [&](std::vector<double> logits, int64_t target, double* loss) {
-    Problem p(static_cast<int64_t>(logits.size()), 1, 1, Options{}, false, 1);
+    Problem p(static_cast<int64_t>(logits.size()), 1, 1, Options{}, loss_problem::keep, 1);
     p.logits = logits;
     p.labels = {0, target};
     p.head_scale = {1.0};
@@ -319,18 +242,19 @@ int main() {
   unsigned seed = 0;
   for (const mtp::CpuCapability isa : available()) {
     std::printf("instruction set: %s\n", mtp::capability_name(isa));
-    for (const Options& opt : option_sets())
+    for (const Options& opt : loss_problem::option_sets())
       for (const int64_t vocab : {1, 3, 7, 8, 31, 33, 64, 127, 1023, 1024, 1025, 4099}) {
-        run_float32({vocab, 3, 2, opt, false, ++seed}, isa, mtp::Gradient::kWrite);
-        run_bfloat16({vocab, 3, 2, opt, true, ++seed}, isa);
+        run_float32({vocab, 3, 2, opt, loss_problem::keep, ++seed}, isa, mtp::Gradient::kWrite);
+        run_bfloat16({vocab, 3, 2, opt, loss_problem::to_bfloat16, ++seed}, isa);
       }
-    for (const Options& opt : option_sets())
-      for (const int64_t split : {0, 1, 40, 64}) run_sharded({65, 3, 2, opt, false, ++seed}, isa, split);
-    run_float32({515, 2, 3, Options{}, false, ++seed}, isa, mtp::Gradient::kSkip);
+    for (const Options& opt : loss_problem::option_sets())
+      for (const int64_t split : {0, 1, 40, 64}) run_sharded({65, 3, 2, opt, loss_problem::keep, ++seed}, isa, split);
+    run_float32({515, 2, 3, Options{}, loss_problem::keep, ++seed}, isa, mtp::Gradient::kSkip);
     run_moving_maximum(isa);
+    run_absent_row(isa);
     run_extremes(isa);
   }
-  for (const Options& opt : option_sets())
-    for (const int64_t vocab : {1, 5, 1025}) run_float64({vocab, 3, 2, opt, false, ++seed});
+  for (const Options& opt : loss_problem::option_sets())
+    for (const int64_t vocab : {1, 5, 1025}) run_float64({vocab, 3, 2, opt, loss_problem::keep, ++seed});
   return check::summary();
 }

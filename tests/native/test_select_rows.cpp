@@ -28,11 +28,12 @@ Selected select(const std::vector<label_t>& labels, const std::vector<int32_t>& 
   rule.label_len = rule.label_stride = rule.document_stride = label_len;
   rule.first_shift = first_shift;
   rule.ignore_index = -100;
-  Selected out{std::vector<int64_t>(static_cast<size_t>(heads * batch * seq_len), -1),
+  Selected out{std::vector<int64_t>(static_cast<size_t>(heads * batch * seq_len), -7),
                std::vector<int64_t>(static_cast<size_t>(heads)), 0};
   out.first_invalid = mtp::select_rows(rule, heads, 10, out.rows.data(), out.counts.data());
   int64_t total = 0;
   for (const int64_t count : out.counts) total += count;
+  for (size_t i = static_cast<size_t>(total); i < out.rows.size(); ++i) CHECK(out.rows[i] == -1);
   out.rows.resize(static_cast<size_t>(total));
   return out;
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mtp_ext.ops.debug import debug_checks_enabled
+from mtp_ext.ops.device_rows import constants
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -169,7 +170,7 @@ def checked_head_weights(
     values = [float(w) for w in head_weights]
     if len(values) != n_heads:
         raise ValueError(f"head_weights must hold n = {n_heads} numbers, got {len(values)}")
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    return constants(values, torch.float64, device)
 
 
 def checked_normalizer(normalizer: object) -> str | float | Tensor:

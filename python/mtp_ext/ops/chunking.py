@@ -13,12 +13,25 @@ DEFAULT_WORKSPACE_BYTES = 128 << 20
 # Fewer rows leave the GEMMs inefficient (128 rows lose 20-40 %); more gain nothing on a CPU.
 MIN_CHUNK_ROWS = 512
 MAX_CHUNK_ROWS = 1024
+# A GPU needs more rows before the GEMMs outweigh the row pass and the float32 sum of the weight's gradient: with 760
+# TFLOP/s and 3 TB/s those cost 167 / D and 333 / C of the GEMMs. Its tiles are 128 rows high.
+GPU_SMALLEST_WORKSPACE_BYTES = 256 << 20
+GPU_LARGEST_WORKSPACE_BYTES = 1 << 30
+GPU_MIN_CHUNK_ROWS = 2048
+GPU_MAX_CHUNK_ROWS = 8192
+GPU_TILE_ROWS = 128
 # Rows of the weight that are widened at once where the CPU has no fast 16-bit GEMM.
 WIDEN_TILE_ROWS = 4096
 
 
 def chunk_size(
-    n_rows: int, vocab_size: int, itemsize: int, *, chunk_rows: int | None, workspace_bytes: int | None
+    n_rows: int,
+    vocab_size: int,
+    itemsize: int,
+    *,
+    chunk_rows: int | None,
+    workspace_bytes: int | None,
+    gpu_width: int | None = None,
 ) -> int:
     """Rows of one chunk: what the caller asked for, else the default rule; balanced over the chunks.
 
@@ -28,16 +41,30 @@ def chunk_size(
         itemsize: Bytes of one logit.
         chunk_rows: An upper limit in rows; takes precedence.
         workspace_bytes: An upper limit for the chunk's logits in bytes (at least one row is held).
+        gpu_width: ``D``, where the rows are multiplied on a GPU.
     """
     if chunk_rows is not None:
         limit = chunk_rows
     elif workspace_bytes is not None:
         limit = max(1, workspace_bytes // max(1, vocab_size * itemsize))
+    elif gpu_width is not None:
+        return _gpu_chunk_size(n_rows, vocab_size, itemsize, gpu_width)
     else:
         fits = DEFAULT_WORKSPACE_BYTES // max(1, vocab_size * itemsize)
         limit = min(MAX_CHUNK_ROWS, max(MIN_CHUNK_ROWS, fits))
     n_chunks = max(1, -(-n_rows // limit))
     return max(1, -(-n_rows // n_chunks))
+
+
+def _gpu_chunk_size(n_rows: int, vocab_size: int, itemsize: int, width: int) -> int:
+    """The logits may take half of what the float32 gradient of the weight takes, within bounds; whole tiles."""
+    half_of_gradient = vocab_size * width * 4 // 2
+    workspace = max(GPU_SMALLEST_WORKSPACE_BYTES, min(GPU_LARGEST_WORKSPACE_BYTES, half_of_gradient))
+    fits = workspace // max(1, vocab_size * itemsize)
+    limit = min(GPU_MAX_CHUNK_ROWS, max(GPU_MIN_CHUNK_ROWS, fits)) // GPU_TILE_ROWS * GPU_TILE_ROWS
+    n_chunks = max(1, -(-n_rows // limit))
+    balanced = -(-n_rows // n_chunks)
+    return max(1, min(n_rows, -(-balanced // GPU_TILE_ROWS) * GPU_TILE_ROWS))
 
 
 @functools.cache
@@ -58,14 +85,25 @@ class ChunkGemms:
         weight: ``[V, D]``.
         compute_dtype: What the operands are rounded to (the autocast dtype, or the inputs' own).
         full_precision_logits: Never hold logits in 16 bits.
+        gradient_unscale: Factor of the products with the gradient of the logits, where that was scaled up.
     """
 
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, *, full_precision_logits: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        compute_dtype: torch.dtype,
+        *,
+        full_precision_logits: bool = False,
+        gradient_unscale: float = 1.0,
+    ) -> None:
         native_16_bit = weight.device.type != "cpu" or (compute_dtype == torch.bfloat16 and has_fast_bfloat16_gemm())
         native_16_bit = native_16_bit and not full_precision_logits
         self.widens = compute_dtype.itemsize == 2 and not native_16_bit
         self.compute_dtype = compute_dtype
         self.logits_dtype = torch.float32 if self.widens else compute_dtype
+        # Of the gradient of hidden states: what is scaled back must not pass through float16.
+        self.product_dtype = torch.float32 if self.logits_dtype == torch.float16 else self.logits_dtype
+        self.gradient_unscale = gradient_unscale
         self.weight = weight if self.widens else weight.to(compute_dtype)
         vocab_size = weight.shape[0]
         tile = WIDEN_TILE_ROWS if compute_dtype.itemsize == 2 else max(1, vocab_size)
@@ -84,6 +122,9 @@ class ChunkGemms:
 
     def grad_hidden(self, grad_logits: Tensor, out: Tensor) -> Tensor:
         """``out[c, d] = sum_v grad_logits[c, v] weight[v, d]``."""
+        if out.dtype != grad_logits.dtype:
+            torch.mm(grad_logits, self.weight, out_dtype=out.dtype, out=out)
+            return out if self.gradient_unscale == 1.0 else out.mul_(self.gradient_unscale)
         if not self.widens:
             return torch.mm(grad_logits, self.weight, out=out)
         if not self._tiles:  # an empty shard of the vocabulary
@@ -97,6 +138,17 @@ class ChunkGemms:
         if grad_weight.dtype == grad_logits.dtype:
             beta = 1.0 if accumulate else 0.0  # beta 0 also ignores what uninitialised memory holds
             torch.addmm(grad_weight, grad_logits.t(), hidden, beta=beta, out=grad_weight)
+            return
+        if grad_logits.is_cuda:  # float32 sums, accumulated where they belong
+            torch.addmm(
+                grad_weight,
+                grad_logits.t(),
+                hidden,
+                out_dtype=grad_weight.dtype,
+                beta=1.0 if accumulate else 0.0,
+                alpha=self.gradient_unscale,
+                out=grad_weight,
+            )
             return
         # torch's CPU GEMM has no float32 output for bfloat16 operands: one tile of products at a time.
         for tile in self._tiles:

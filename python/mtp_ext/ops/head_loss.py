@@ -7,6 +7,7 @@ returns gradients.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from mtp_ext.ops import metrics
 from mtp_ext.ops.allocation import empty
 from mtp_ext.ops.checks import check_targets_in_range
 from mtp_ext.ops.chunking import ChunkGemms
+from mtp_ext.ops.device_rows import constants, counts_stay_on, float16_scale
 from mtp_ext.ops.result import MultiTokenLoss
 from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, select_rows
 from mtp_ext.ops.row_loop import Gradients, RowLoop, RowSelection
@@ -104,9 +106,7 @@ class HeadLossAccumulator:
             targets, n_heads, ignore_index=ignore_index, vocab_size=vocab_size
         )
         check_targets_in_range(self.labels, first_invalid, vocab_size, ignore_index)
-        counts: list[int] = self.n_valid.tolist()
-        offsets = [sum(counts[:k]) for k in range(n_heads + 1)]
-        selection = RowSelection(rows[: offsets[-1]], offsets, targets.rows_per_head)
+        selection = RowSelection.of(rows, self.n_valid, targets.rows_per_head)
 
         self.head_weights = self._as_head_weights(head_weights)
         self.class_weights = None if class_weights is None else class_weights.detach().float().contiguous()
@@ -115,14 +115,18 @@ class HeadLossAccumulator:
         # Behind a denominator of 0 are no rows, or rows of weight 0: their sum is 0, whatever it is divided by.
         self._divisor = self.denominator.where(self.denominator != 0, 1)
         self.head_scale = self.head_weights / self._divisor
+        # An incoming gradient per row brings its own scale; a shard's logits are float32.
+        is_mean = isinstance(normalizer, str) and row_scale is None and lse_grad is None and self.shard is None
+        in_float16 = is_mean and self.compute_dtype == torch.float16 and weight.is_cuda
+        self._gradient_scale = float16_scale(targets.rows_per_head) if in_float16 else 1.0
         self.loop = RowLoop(
             targets,
             selection,
             options or RowOptions(),
-            self.head_scale,
+            self.head_scale * self._gradient_scale,
             RowTables.zeros(n_heads * targets.rows_per_head, self.acc_dtype, labels.device),
             class_weights=self.class_weights,
-            class_weight_sum=self._class_weight_sum(vocab_size),
+            **self._class_weight_sum(vocab_size),
             bias=None if bias is None else bias.detach().to(self.acc_dtype).contiguous(),
             row_scale=None if row_scale is None else row_scale.to(self.acc_dtype).contiguous(),
             lse_grad=None if lse_grad is None else lse_grad.to(self.acc_dtype).contiguous(),
@@ -236,12 +240,19 @@ class HeadLossAccumulator:
         starts = [k for k in range(self.n_heads) if k == 0 or (k + 1 in self.detached) != (k in self.detached)]
         return [range(a, b) for a, b in zip(starts, [*starts[1:], self.n_heads], strict=True)]
 
+    def _gemms(self, weight: Tensor) -> ChunkGemms:
+        return ChunkGemms(
+            weight,
+            self.compute_dtype,
+            full_precision_logits=self.shard is not None,
+            gradient_unscale=1.0 / self._gradient_scale,
+        )
+
     def _gemms_of(self, head: int) -> ChunkGemms:
-        sharded = self.shard is not None
         if self.weight.dim() == 3:
-            return ChunkGemms(self.weight[head], self.compute_dtype, full_precision_logits=sharded)
+            return self._gemms(self.weight[head])
         if self._shared_gemms is None:
-            self._shared_gemms = ChunkGemms(self.weight, self.compute_dtype, full_precision_logits=sharded)
+            self._shared_gemms = self._gemms(self.weight)
         return self._shared_gemms
 
     def _grad_weight_of(self, head: int) -> Tensor | None:
@@ -255,36 +266,43 @@ class HeadLossAccumulator:
             return torch.ones(self.n_heads, dtype=self.acc_dtype, device=device)
         if isinstance(head_weights, Tensor):
             return head_weights.detach().to(device=device, dtype=self.acc_dtype)
-        return torch.tensor(list(head_weights), dtype=self.acc_dtype, device=device)
+        return constants(list(head_weights), self.acc_dtype, device)
 
     def _weights_of_rows(self, targets: RowTargets, selection: RowSelection) -> Tensor | None:
         """``[n * B * S]`` token weights (0 at rows that do not count), or None where all are 1."""
         if targets.token_weights is None:
             return None
+        at_targets = self._at_targets(targets.token_weights, selection).to(self.acc_dtype)
+        if selection.valid is not None:
+            return torch.where(selection.valid, at_targets, 0)
         weights = torch.zeros(self.n_heads * targets.rows_per_head, dtype=self.acc_dtype, device=self.labels.device)
-        return weights.index_copy_(
-            0, selection.rows, self._at_targets(targets.token_weights, selection).to(self.acc_dtype)
-        )
+        return weights.index_copy_(0, selection.rows, at_targets)
 
     def _at_targets(self, table: Tensor, selection: RowSelection) -> Tensor:
-        """``table [B, S']`` at the target of each selected row."""
-        head = selection.rows.div(selection.rows_per_head, rounding_mode="floor")
-        in_head = selection.rows - head * selection.rows_per_head
+        """``table [B, S']`` at the target of each selected row; anything where a marked row has none."""
+        rows = selection.flat
+        head = rows.div(selection.rows_per_head, rounding_mode="floor")
+        in_head = rows - head * selection.rows_per_head
         b = in_head.div(self.seq_len, rounding_mode="floor")
         column = in_head - b * self.seq_len + self.first_shift + head
-        return table[b, column]
+        return table[b, column.clamp(max=table.shape[1] - 1)]
 
-    def _class_weight_sum(self, vocab_size: int) -> float:
+    def _class_weight_sum(self, vocab_size: int) -> dict[str, Any]:
+        """The sum of the class weights, as the row loop's argument."""
         if self.class_weights is None:
-            return float(vocab_size)
+            return {"class_weight_sum": float(vocab_size)}
         total = self.class_weights.double().sum()
-        return float(total if self.shard is None else self.shard.sum_(total))
+        total = total if self.shard is None else self.shard.sum_(total)
+        if counts_stay_on(total.device):
+            return {"class_weight_total": total.float().reshape(1)}
+        return {"class_weight_sum": float(total)}
 
     def _class_weights_of(self, targets: Tensor) -> Tensor:
         """``class_weights[targets]``, wherever the class is held."""
         assert self.class_weights is not None
         if self.shard is None:
-            return self.class_weights[targets]
+            # On a GPU a target may be no class: its loss is NaN, whatever weight it is given.
+            return self.class_weights[targets.clamp(0, self.class_weights.shape[0] - 1)]
         local = targets - self.shard.start
         held = (local >= 0) & (local < self.shard.size)
         padded = torch.cat([self.class_weights, self.class_weights.new_zeros(1)])  # a last entry for other shards'
@@ -298,10 +316,15 @@ class HeadLossAccumulator:
             return torch.full((self.n_heads,), float(normalizer), dtype=self.acc_dtype, device=self.labels.device)
         if self._row_weights is None and self.class_weights is None:
             return self.n_valid.to(self.acc_dtype)
-        weights = torch.ones(len(selection.rows), dtype=self.acc_dtype, device=self.labels.device)
+        if selection.valid is None:
+            weights = torch.ones(len(selection.rows), dtype=self.acc_dtype, device=self.labels.device)
+        else:
+            weights = selection.valid.to(self.acc_dtype)
         if self._row_weights is not None:
-            weights = self._row_weights[selection.rows]
+            weights = self._row_weights[selection.flat]
         if self.class_weights is not None:
             weights = weights * self._class_weights_of(self._at_targets(self.labels, selection).long())
+        if selection.valid is not None:
+            return weights.view(self.n_heads, -1).sum(1)
         head = selection.rows.div(selection.rows_per_head, rounding_mode="floor")
         return torch.zeros(self.n_heads, dtype=self.acc_dtype, device=self.labels.device).index_add_(0, head, weights)

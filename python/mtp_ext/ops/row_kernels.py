@@ -39,7 +39,7 @@ def select_rows(
     """The rows that carry a target.
 
     Returns:
-        ``rows`` ``[n * B * S]`` int64 (the flat indices of those that count, ascending, then unspecified), ``counts``
+        ``rows`` ``[n * B * S]`` int64 (the flat indices of those that count, ascending, then -1), ``counts``
         ``[n]`` int64, and ``first_invalid`` ``[1]`` int64: the flat index into ``labels`` of a target outside
         ``[0, vocab_size)``, or -1.
     """
@@ -112,6 +112,7 @@ def loss_rows_(
     lse_grad: Tensor | None = None,
     class_weights: Tensor | None = None,
     class_weight_sum: float = 0.0,
+    class_weight_total: Tensor | None = None,
     bias: Tensor | None = None,
     write_gradient: bool,
     stage: str = "whole",
@@ -148,6 +149,7 @@ def loss_rows_(
         None if shard is None else shard.total_vocab,
         None if shard is None else shard.statistics,
         None if shard is None else shard.local_max,
+        class_weight_total,
     )
 
 

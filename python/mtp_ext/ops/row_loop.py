@@ -15,17 +15,35 @@ from torch.distributed import Work
 
 from mtp_ext.ops.allocation import empty
 from mtp_ext.ops.chunking import ChunkGemms, chunk_size
+from mtp_ext.ops.device_rows import add_column_sum, copy_valid_rows, counts_stay_on, mark_rows, padded_columns
 from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
 from mtp_ext.ops.vocabulary_shard import VocabularyShard
 
 
 @dataclass(frozen=True)
 class RowSelection:
-    """The rows that carry a target, head by head."""
+    """The rows that carry a target, head by head; or all rows, those without a target marked, where no host counts."""
 
-    rows: Tensor  # [sum(counts)] int64, flat (head, b, s), ascending
+    rows: Tensor  # [offsets[-1]] int64, flat (head, b, s), ascending, or -1 where there is no target
     offsets: list[int]  # [n + 1]: head k's rows are rows[offsets[k] : offsets[k + 1]]
     rows_per_head: int  # B * S
+    valid: Tensor | None = None  # [offsets[-1]] bool; None: every row counts
+
+    @staticmethod
+    def of(selected: Tensor, n_valid: Tensor, rows_per_head: int) -> RowSelection:
+        """From the results of :func:`mtp_ext.ops.row_kernels.select_rows`."""
+        n_heads = n_valid.shape[0]
+        if counts_stay_on(selected.device):
+            rows, valid = mark_rows(selected)
+            return RowSelection(rows, [k * rows_per_head for k in range(n_heads + 1)], rows_per_head, valid)
+        counts: list[int] = n_valid.tolist()
+        offsets = [sum(counts[:k]) for k in range(n_heads + 1)]
+        return RowSelection(selected[: offsets[-1]], offsets, rows_per_head)
+
+    @property
+    def flat(self) -> Tensor:
+        """The flat index of every row in ``rows``, also of the marked ones."""
+        return self.rows if self.valid is None else torch.arange(self.rows.shape[0], device=self.rows.device)
 
     def pieces(self, begin: int, end: int) -> Iterator[tuple[int, slice, slice | Tensor]]:
         """Splits ``rows[begin:end]`` by head: ``(head, where in the chunk, which of the head's B * S rows)``."""
@@ -62,6 +80,7 @@ class RowLoop:
     tables: RowTables
     class_weights: Tensor | None = None
     class_weight_sum: float = 0.0
+    class_weight_total: Tensor | None = None  # [1] float32, in place of class_weight_sum where no host may wait
     bias: Tensor | None = None
     row_scale: Tensor | None = None  # [n * B * S], incoming gradient per row
     lse_grad: Tensor | None = None
@@ -90,8 +109,10 @@ class RowLoop:
             dtype.itemsize,
             chunk_rows=self.chunk_rows,
             workspace_bytes=self.workspace_bytes,
+            gpu_width=gemms.weight.shape[1] if counts_stay_on(gemms.weight.device) else None,
         )
-        logits = self._buffer("logits", (size, vocab_size), dtype)
+        columns = padded_columns(vocab_size, dtype.itemsize, self.targets.labels.device)
+        logits = self._buffer("logits", (size, columns), dtype)[:, :vocab_size]
         for low in range(begin, end, size):
             high = min(low + size, end)
             rows = self.selection.rows[low:high]
@@ -114,6 +135,7 @@ class RowLoop:
             lse_grad=self.lse_grad,
             class_weights=self.class_weights,
             class_weight_sum=self.class_weight_sum,
+            class_weight_total=self.class_weight_total,
             bias=self.bias,
             write_gradient=write_gradient,
         )
@@ -136,7 +158,7 @@ class RowLoop:
             gemms.add_grad_weight(z, h, out.weight, accumulate=not out.weight_is_empty)
             out.weight_is_empty = False
         if out.bias is not None:
-            out.bias += z.sum(0, dtype=out.bias.dtype)
+            add_column_sum(z, out.bias, gemms.gradient_unscale)
         if need_hidden:
             if pending is not None:
                 pending.wait()
@@ -150,12 +172,16 @@ class RowLoop:
         for head, where, index in self.selection.pieces(low, high):
             source = hidden[head]
             assert source is not None, "a head in the range has no hidden rows"
-            if isinstance(index, slice) and where == slice(0, high - low) and source.dtype == dtype:
+            valid = self.selection.valid
+            if isinstance(index, slice) and where == slice(0, high - low) and source.dtype == dtype and valid is None:
                 return source[index]
             if buffer is None:
                 buffer = self._buffer("hidden", (high - low, source.shape[1]), dtype)
             picked = source[index] if isinstance(index, slice) else source.index_select(0, index)
-            buffer[where].copy_(picked.to(gemms.compute_dtype))
+            if valid is None:
+                buffer[where].copy_(picked.to(gemms.compute_dtype))
+            else:
+                copy_valid_rows(picked.to(gemms.compute_dtype), valid[low:high][where], buffer[where])
         assert buffer is not None, "a chunk has at least one row"
         return buffer
 
@@ -166,9 +192,9 @@ class RowLoop:
         pieces = list(self.selection.pieces(low, high))
         head, _, index = pieces[0]
         target = grads[head]
-        if len(pieces) == 1 and target is not None and isinstance(index, slice) and target.dtype == z.dtype:
+        if len(pieces) == 1 and target is not None and isinstance(index, slice) and target.dtype == gemms.product_dtype:
             return gemms.grad_hidden(z, target[index]), True
-        buffer = self._buffer("grad_hidden", (high - low, gemms.weight.shape[1]), z.dtype)
+        buffer = self._buffer("grad_hidden", (high - low, gemms.weight.shape[1]), gemms.product_dtype)
         return gemms.grad_hidden(z, buffer), False
 
     def _scatter(self, low: int, high: int, grad: Tensor, grads: Sequence[Tensor | None]) -> None:

@@ -1,0 +1,81 @@
+"""Traces the CUDA path of the loss with fake CUDA tensors, on a CUDA build of torch and without a GPU.
+
+A fake tensor has no values: what asks for one (``.item()``, ``.tolist()``, a mask as an index) raises here, as it would
+make the host wait on a GPU. The shapes, dtypes and devices of everything in between are checked by torch itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import mtp_ext
+from mtp_ext.ops import decode
+from mtp_ext.ops.head_loss import HeadLossAccumulator
+from mtp_ext.ops.row_kernels import RowOptions
+
+BATCH, SEQ, WIDTH, VOCAB, HEADS = 3, 16, 32, 50, 2
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def trace_operators(dtype: torch.dtype, smoothing: float, options: dict[str, torch.Tensor]) -> None:
+    """What runs inside of the fused operators."""
+    accumulator = HeadLossAccumulator(
+        empty(BATCH, SEQ + HEADS, dtype=torch.int64),
+        empty(VOCAB, WIDTH, dtype=dtype),
+        seq_len=SEQ,
+        n_heads=HEADS,
+        head_weights=[1.0, 0.5],
+        options=RowOptions(label_smoothing=smoothing),
+        need_grad_bias="bias" in options,
+        chunk_rows=20,
+        **options,
+    )
+    grads = accumulator.add_all(empty(HEADS, BATCH, SEQ, WIDTH, dtype=dtype))
+    result = accumulator.result()
+    assert isinstance(grads, torch.Tensor) and grads.shape == (HEADS, BATCH, SEQ, WIDTH) and grads.is_cuda
+    assert accumulator.grad_weight is not None and accumulator.grad_weight.dtype == torch.float32
+    assert result.loss.is_cuda and result.loss.dtype == torch.float32
+    try:
+        result.n_valid.tolist()
+    except DataDependentOutputException:
+        return
+    raise AssertionError("a fake tensor gave a value: this trace proves nothing")
+
+
+def trace_public_functions(dtype: torch.dtype) -> None:
+    with torch.no_grad():
+        result = mtp_ext.multi_token_cross_entropy(
+            empty(HEADS, BATCH, SEQ, WIDTH, dtype=dtype),
+            empty(VOCAB, WIDTH, dtype=dtype),
+            empty(BATCH, SEQ + HEADS, dtype=torch.int64),
+        )
+        assert result.loss.is_cuda and result.head_loss.shape == (HEADS,)
+        best = decode.top_classes(empty(5, WIDTH, dtype=dtype), empty(VOCAB, WIDTH, dtype=dtype), 3)
+        assert best.ids.shape == best.logits.shape == (5, 3) and best.lse.is_cuda
+
+
+def main() -> None:
+    optional = {
+        "token_weights": lambda: empty(BATCH, SEQ + HEADS),
+        "class_weights": lambda: empty(VOCAB),
+        "bias": lambda: empty(VOCAB),
+        "document_ids": lambda: empty(BATCH, SEQ + HEADS, dtype=torch.int64),
+    }
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    with FakeTensorMode():
+        for dtype, smoothing in itertools.product(dtypes, (0.0, 0.1)):
+            trace_operators(dtype, smoothing, {})
+            trace_operators(dtype, smoothing, {name: make() for name, make in optional.items()})
+        for dtype in dtypes:
+            trace_public_functions(dtype)
+    print("Fake CUDA tensors: the loss and the decoding trace, and no value is read on the host")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+// The thread-block cluster that a block belongs to. Before sm_90 there are none, and the functions describe a cluster
+// of one block; the launchers never start a cluster kernel there.
+#pragma once
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+namespace mtp {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ unsigned cluster_size() { return 1; }
+__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+template <typename T>
+__device__ __forceinline__ const T* shared_of_rank(T* address, unsigned) {
+  return address;
+}
+
+#else
+
+__device__ __forceinline__ unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
+__device__ __forceinline__ unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
+__device__ __forceinline__ void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+// The same variable of another block's shared memory; that block must not end before it is read.
+template <typename T>
+__device__ __forceinline__ const T* shared_of_rank(T* address, unsigned rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(address, rank);
+}
+
+#endif
+
+}  // namespace mtp

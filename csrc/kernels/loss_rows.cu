@@ -1,0 +1,99 @@
+#include "kernels/loss_rows.h"
+
+#include "kernels/launch.h"
+#include "kernels/loss_rows_cached.cuh"
+#include "kernels/loss_rows_streaming.cuh"
+
+namespace mtp {
+namespace {
+
+static_assert(sizeof(RowStatistics) == kRowStatistics * sizeof(double), "statistics are a table of doubles");
+
+// How a row is divided over the blocks of a cluster; 0 blocks: not at all, the row is read twice.
+struct CachePlan {
+  unsigned blocks = 0;
+  size_t shared_bytes = 0;
+};
+
+size_t cache_bytes(int64_t vocab_size, int width, unsigned blocks) {
+  const auto vectors = static_cast<size_t>(vocab_size / width + 2);  // the two ends of an unaligned row
+  return sizeof(CachedRowScratch) + (vectors + blocks - 1) / blocks * kVectorBytes;
+}
+
+// One block alone reads, then computes, then writes: two blocks per multiprocessor overlap, three better. A row for
+// which two blocks do not fit is divided over the smallest cluster whose blocks fit three times, or twice for the
+// largest.
+CachePlan plan_cache(int64_t vocab_size, int width, const DeviceLimits& limits) {
+  constexpr size_t kReservedPerBlock = 1024;
+  const auto fit = [&](size_t bytes) {
+    return bytes > limits.shared_per_block ? 0 : limits.shared_per_multiprocessor / (bytes + kReservedPerBlock);
+  };
+  const size_t alone = cache_bytes(vocab_size, width, 1);
+  if (fit(alone) >= 2) return {1, alone};
+  if (!limits.has_clusters) return {};
+  for (const unsigned blocks : {2u, 4u, 8u}) {
+    const size_t bytes = cache_bytes(vocab_size, width, blocks);
+    if (fit(bytes) >= (blocks == 8 ? 2 : 3)) return {blocks, bytes};
+  }
+  return {};
+}
+
+using LossKernel = void (*)(LossRowsParams<float>, int64_t);
+
+cudaError_t launch(LossKernel kernel, const LossRowsParams<float>& p, int64_t num_rows, unsigned cluster,
+                   size_t shared_bytes, cudaStream_t stream) {
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(num_rows * cluster));
+  shape.block = dim3(kLossThreads);
+  shape.shared_bytes = shared_bytes;
+  shape.cluster = cluster;
+  return launch_kernel(kernel, shape, stream, p, num_rows);
+}
+
+template <typename scalar_t, Logits kLogits>
+cudaError_t launch_row_kernel(const LossRowsParams<float>& p, int64_t num_rows, cudaStream_t stream) {
+  if (p.stage == Stage::kWhole && p.gradient == Gradient::kWrite) {
+    DeviceLimits limits;
+    cudaError_t error = device_limits(&limits);
+    if (error != cudaSuccess) return error;
+    const CachePlan plan = plan_cache(p.vocab_size, kVectorWidth<scalar_t>, limits);
+    if (plan.blocks == 1)
+      return launch(loss_rows_cached_kernel<scalar_t, kLogits, Blocks::kOne>, p, num_rows, 1, plan.shared_bytes,
+                    stream);
+    if (plan.blocks > 1) {
+      error = launch(loss_rows_cached_kernel<scalar_t, kLogits, Blocks::kCluster>, p, num_rows, plan.blocks,
+                     plan.shared_bytes, stream);
+      if (error == cudaSuccess) return error;
+      cudaGetLastError();  // a partition with too few multiprocessors refuses clusters: read twice there
+    }
+  }
+  return launch(loss_rows_streaming_kernel<scalar_t, kLogits>, p, num_rows, 1, sizeof(StreamingRowScratch), stream);
+}
+
+template <typename scalar_t>
+cudaError_t launch_typed(const LossRowsParams<float>& p, int64_t num_rows, cudaStream_t stream) {
+  const bool plain = p.bias == nullptr && p.softcap <= 0.0 && p.logit_scale == 1.0 && p.options.label_smoothing <= 0.0;
+  return plain ? launch_row_kernel<scalar_t, Logits::kPlain>(p, num_rows, stream)
+               : launch_row_kernel<scalar_t, Logits::kGeneral>(p, num_rows, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_loss_rows(const LossRowsParams<float>& p, int64_t num_rows, cudaStream_t stream) {
+  constexpr int64_t kLargestGrid = 0x7fffffff, kLargestVocabulary = int64_t{1} << 29, kLargestCluster = 8;
+  if (num_rows == 0) return cudaSuccess;  // an empty grid is a launch error
+  if (num_rows * kLargestCluster > kLargestGrid || p.vocab_size >= kLargestVocabulary) return cudaErrorInvalidValue;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return launch_typed<float>(p, num_rows, stream);
+    case DType::kFloat16:
+      return launch_typed<__half>(p, num_rows, stream);
+    case DType::kBFloat16:
+      return launch_typed<__nv_bfloat16>(p, num_rows, stream);
+    case DType::kFloat64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace mtp

@@ -1,0 +1,36 @@
+// The rows of the loss that carry a target, in order, and their number per head: the CUDA form of cpu/select_rows.h.
+//
+// Shapes    rows [heads * B * seq_len]: the flat (head, b, s) index of every row that counts, ascending, then -1;
+//           counts [heads]; first_invalid [1]: of the first such row whose target is outside [0, vocab_size), the
+//           target's flat index into labels, or -1. tiles [select_rows_tiles()]: workspace.
+// Cost      two reads of the labels (and document ids) per head, one write of rows; a few microseconds.
+// Launch    two kernels of one block of 256 threads per tile of 4096 rows: count, then place. No atomics, and no host
+//           needs the numbers: deterministic, and the grid depends on the sizes alone.
+// Numerics  integers.
+// Caller    1 <= heads < 2^16.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "core/target_rule.h"
+
+namespace mtp {
+
+struct SelectedTile {
+  int64_t first_invalid_row;  // or int64's maximum
+  int64_t count;
+};
+
+struct SelectRowsParams {
+  TargetRule rule;
+  int64_t num_heads, vocab_size;
+  int64_t* rows;
+  int64_t* counts;
+  int64_t* first_invalid;
+  SelectedTile* tiles;
+};
+
+int64_t select_rows_tiles(int64_t num_heads, int64_t rows_per_head);
+
+cudaError_t launch_select_rows(const SelectRowsParams& params, cudaStream_t stream);
+
+}  // namespace mtp

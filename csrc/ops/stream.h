@@ -1,0 +1,39 @@
+// The current CUDA stream through torch's stable ABI, and what the CUDA ops say of a launch that failed.
+#pragma once
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+
+#include "ops/check.h"
+
+// torch's shim declares it only where torch itself was configured with USE_CUDA; libtorch_cuda exports it since 2.6.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace mtp {
+
+inline cudaStream_t current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(cudaError_t error, const char* name) {
+  STD_TORCH_CHECK(error == cudaSuccess, name, ": the kernel could not be launched: ", cudaGetErrorString(error));
+}
+
+// The dispatcher looks at one argument; a kernel that is given another device's pointer corrupts memory.
+inline void check_same_device(const Tensor& first, std::initializer_list<Tensor> others,
+                              std::initializer_list<OptionalTensor> optional = {}) {
+  const auto check = [&](const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == first.get_device_index(),
+                    "every tensor must be on CUDA device ", first.get_device_index());
+  };
+  for (const Tensor& x : others) check(x);
+  for (const OptionalTensor& x : optional)
+    if (x.has_value()) check(*x);
+}
+
+}  // namespace mtp

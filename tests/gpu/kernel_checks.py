@@ -1,0 +1,92 @@
+"""The operators that only CUDA has, against plain torch in float64."""
+
+from __future__ import annotations
+
+import torch
+
+from mtp_ext.ops.decode import top_classes
+from mtp_ext.ops.row_kernels import RowTargets, select_rows
+from tests.gpu.registry import check
+
+ops = torch.ops.mtp_ext
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@check(small=True)
+def selected_rows_equal_the_cpus(device: torch.device) -> None:
+    g = torch.Generator().manual_seed(0)
+    for heads, batch, seq in ((1, 1, 1), (3, 2, 63), (4, 3, 5000)):
+        labels = torch.randint(100, (batch, seq + heads), generator=g)
+        labels[torch.rand(labels.shape, generator=g) < 0.3] = -100
+        documents = torch.arange(seq + heads).div(9, rounding_mode="floor").repeat(batch, 1)
+
+        found = []
+        for on in (device, torch.device("cpu")):
+            targets = RowTargets(labels.to(on), documents.to(on), None, seq, 1)
+            selected = select_rows(targets, heads, ignore_index=-100, vocab_size=90)
+            found.append([x.tolist() for x in selected])
+        assert found[0] == found[1]
+
+
+@check(small=True)
+def column_sums(device: torch.device) -> None:
+    for dtype in DTYPES:
+        for rows, columns in ((1, 1), (17, 1003), (100, 4096)):
+            x = torch.randn(rows, columns, device=device).to(dtype)
+            out = torch.full((columns,), 3.0, device=device)
+            ops._column_sum_(x, out, True)
+            torch.testing.assert_close(out.double(), 3 + x.double().sum(0), rtol=1e-5, atol=1e-4)
+            ops._column_sum_(x[:, 1:], out[:-1].clone(), False)
+
+
+@check(small=True)
+def scaling_by_a_device_scalar(device: torch.device) -> None:
+    for source in DTYPES:
+        for target in DTYPES:
+            x = torch.randn(10_001, device=device).to(source)
+            out = torch.empty(10_001, device=device, dtype=target)
+            ops._scale_into_(x, torch.tensor([0.3], device=device), out)
+            assert torch.equal(out, (x.float() * torch.tensor(0.3, device=device)).to(target))
+
+
+@check(small=True)
+def norms_of_several_heads(device: torch.device) -> None:
+    for dtype in DTYPES:
+        x, residual = (torch.randn(37, 264, device=device).to(dtype) for _ in range(2))
+        weight = torch.rand(3, 264, device=device) + 0.5
+        y, h, rstd = ops._rms_norm_heads(x, residual, weight, 1e-5)
+        exact = h.double().requires_grad_()
+        exact_weight = weight.double().requires_grad_()
+        normed = exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        expected = normed[None] * exact_weight[:, None]
+        bound = ROUNDING[dtype]
+        torch.testing.assert_close(h, x + residual)
+        torch.testing.assert_close(y.double(), expected.detach(), rtol=bound, atol=bound)
+        grad_y = torch.randn_like(y)
+        grad_x, grad_weight = ops._rms_norm_heads_backward(grad_y, h, None, weight, rstd)
+        expected_x, expected_weight = torch.autograd.grad(expected, (exact, exact_weight), grad_y.double())
+        torch.testing.assert_close(grad_x.double(), expected_x, rtol=bound, atol=4 * bound)
+        torch.testing.assert_close(grad_weight.double(), expected_weight, rtol=1e-4, atol=1e-3)
+
+
+def compare_decode(device: torch.device, rows: int, vocab: int, width: int, dtype: torch.dtype) -> None:
+    hidden = torch.randn(rows, width, device=device).to(dtype)
+    weight = (torch.randn(vocab, width, device=device) / width**0.5).to(dtype)
+    best = top_classes(hidden, weight, 5)
+    logits = hidden.double() @ weight.double().T
+    torch.testing.assert_close(best.logits.double(), logits.topk(5).values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits.gather(1, best.ids), best.logits.double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(best.lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-4)
+
+
+@check(small=True)
+def decoding_of_few_rows(device: torch.device) -> None:
+    for rows, dtype in ((1, torch.bfloat16), (9, torch.float16), (64, torch.bfloat16)):
+        compare_decode(device, rows, 1003, 264, dtype)
+
+
+@check()
+def decoding_with_a_large_vocabulary(device: torch.device) -> None:
+    for rows in (1, 8, 32, 64, 65):
+        compare_decode(device, rows, 128256, 1024, torch.bfloat16)

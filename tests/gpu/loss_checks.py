@@ -1,0 +1,171 @@
+"""The fused losses on a GPU: float64 and eager torch as oracles, every option, small and large vocabularies."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mtp_ext
+from mtp_ext.ops import reference
+from tests.gpu.registry import assert_close, check
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOORS = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-3},
+    "softcap": {"softcap": 5.0},
+    "scale": {"logit_scale": 0.25},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "bias": {"bias": True},
+    "class_weights": {"class_weights": True, "label_smoothing": 0.1},
+    "token_weights": {"token_weights": True},
+    "everything": {
+        **{"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 8.0, "logit_scale": 1.5},
+        **{"bias": True, "class_weights": True, "token_weights": True},
+    },
+}
+
+
+def compare(device: torch.device, n: int, width: int, vocab: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Loss and gradients of ours and of eager torch in ``dtype``, each against float64 on the CPU."""
+    g = torch.Generator().manual_seed(n + vocab)
+    chosen = dict(options)
+    tensors = {
+        "hidden": torch.randn(n, width, generator=g).to(dtype),
+        "weight": (torch.randn(vocab, width, generator=g) * 0.3).to(dtype),
+    }
+    if chosen.pop("bias", False):
+        tensors["bias"] = torch.randn(vocab, generator=g).to(dtype)
+    fixed = {}
+    if chosen.pop("class_weights", False):
+        fixed["class_weights"] = torch.rand(vocab, generator=g) + 0.5
+    if chosen.pop("token_weights", False):
+        fixed["token_weights"] = torch.rand(n, generator=g) * (torch.rand(n, generator=g) > 0.2)
+    targets = torch.randint(vocab, (n,), generator=g)
+    targets[torch.rand(n, generator=g) < 0.2] = -100
+    incoming = torch.rand(n, generator=g) if chosen.get("reduction") == "none" else torch.ones(())
+
+    def run(function: Any, on: torch.device, to: torch.dtype) -> list[Tensor]:
+        leaves = {name: x.to(on, to).requires_grad_() for name, x in tensors.items()}
+        wide = torch.float64 if to == torch.float64 else torch.float32
+        rest = {name: x.to(on, wide) for name, x in fixed.items()}
+        loss = function(**leaves, targets=targets.to(on), **rest, **chosen)
+        return [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()), incoming.to(loss))]
+
+    exact = run(reference.linear_cross_entropy, torch.device("cpu"), torch.float64)
+    eager = run(reference.linear_cross_entropy, device, dtype)
+    ours = run(mtp_ext.linear_cross_entropy, device, dtype)
+    for name, a, e, t in zip(["loss", *tensors], ours, exact, eager, strict=True):
+        assert_close(a, e, t, FLOORS[dtype], f"{name} at {n} x {width} x {vocab}, {dtype}, {options}")
+
+
+@check(small=True)
+def every_option_and_dtype(device: torch.device) -> None:
+    for options, dtype in itertools.product(OPTIONS.values(), DTYPES):
+        compare(device, 37, 48, 1003, dtype, options)
+
+
+@check()
+def awkward_vocabularies(device: torch.device) -> None:
+    for vocab, dtype in itertools.product((1, 2, 7, 8, 9, 511, 4097, 50257), DTYPES):
+        compare(device, 19, 40, vocab, dtype, OPTIONS["plain"])
+
+
+@check()
+def large_vocabularies(device: torch.device) -> None:
+    for vocab, dtype in itertools.product((50304, 128256), DTYPES):
+        for options in (OPTIONS["plain"], OPTIONS["everything"]):
+            compare(device, 64, 64, vocab, dtype, options)
+
+
+@check(small=True)
+def heads_equal_the_cpu(device: torch.device) -> None:
+    """Several heads, documents and weights: the CPU's kernels as the oracle, in float32."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 2, 33, 24, generator=g)
+    weight = torch.randn(301, 24, generator=g)
+    labels = torch.randint(301, (2, 36), generator=g)
+    documents = torch.arange(36).div(10, rounding_mode="floor").repeat(2, 1)
+    tokens = torch.rand(2, 36, generator=g)
+
+    def run(on: torch.device) -> list[Tensor]:
+        leaves = [hidden.to(on).requires_grad_(), weight.to(on).requires_grad_()]
+        result = mtp_ext.multi_token_cross_entropy(
+            *leaves,
+            labels.to(on),
+            document_ids=documents.to(on),
+            token_weights=tokens.to(on),
+            head_weights=[1.0, 0.5, 0.25],
+            chunk_rows=50,
+        )
+        return [*(x.detach() for x in result), *torch.autograd.grad(result.loss, leaves)]
+
+    for ours, oracle in zip(run(device), run(torch.device("cpu")), strict=True):
+        torch.testing.assert_close(ours.cpu(), oracle, rtol=2e-5, atol=2e-6)
+
+
+@check(small=True)
+def a_target_that_is_no_class_makes_the_loss_nan(device: torch.device) -> None:
+    hidden, weight = torch.randn(8, 16, device=device), torch.randn(50, 16, device=device, requires_grad=True)
+    for bad in (50, -1, 2**40):
+        targets = torch.arange(8, device=device)
+        targets[3] = bad
+        loss = mtp_ext.linear_cross_entropy(hidden, weight, targets)
+        assert isinstance(loss, Tensor) and loss.isnan().item(), bad
+        previous = mtp_ext.debug_checks(True)
+        try:
+            mtp_ext.linear_cross_entropy(hidden, weight, targets)
+        except ValueError as error:
+            assert "targets must be in [0, 50)" in str(error)
+        else:
+            raise AssertionError("debug_checks(True) did not raise")
+        finally:
+            mtp_ext.debug_checks(previous)
+
+
+@check(small=True)
+def nan_in_an_ignored_row_changes_nothing(device: torch.device) -> None:
+    hidden, weight = torch.randn(64, 16, device=device), torch.randn(50, 16, device=device)
+    targets = torch.randint(50, (64,), device=device)
+    targets[::3] = -100
+
+    def run() -> list[Tensor]:
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss = mtp_ext.linear_cross_entropy(*leaves, targets)
+        assert isinstance(loss, Tensor)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    clean = run()
+    hidden[::3] = float("nan")
+    assert all(torch.equal(a, b) for a, b in zip(clean, run(), strict=True))
+
+
+@check(small=True)
+def no_target_and_no_rows(device: torch.device) -> None:
+    weight = torch.randn(50, 16, device=device, requires_grad=True)
+    for n in (0, 5):
+        hidden = torch.randn(n, 16, device=device, requires_grad=True)
+        loss = mtp_ext.linear_cross_entropy(hidden, weight, torch.full((n,), -100, device=device))
+        assert isinstance(loss, Tensor)
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        assert loss.item() == 0.0 and all(float(g.abs().sum()) == 0.0 for g in grads)
+
+
+@check()
+def two_runs_are_bitwise_equal(device: torch.device) -> None:
+    hidden = torch.randn(3000, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(32000, 256, device=device, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(32000, (3000,), device=device)
+
+    def run() -> list[Tensor]:
+        loss = mtp_ext.linear_cross_entropy(hidden, weight, targets, chunk_rows=1024)
+        assert isinstance(loss, Tensor)
+        return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))

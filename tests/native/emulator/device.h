@@ -1,0 +1,89 @@
+// The emulated device: blocks of fibers, their barriers, and the exchange of values within a warp. Kernels do not
+// include this; they include <cuda_runtime.h> and its like, which emulator/include replaces by headers over these
+// functions.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// Of the thread that runs.
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+constexpr int kWarpSize = 32;
+
+// Which thread runs first between two barriers, and which block runs first. A kernel whose result depends on it has a
+// race. kShuffled draws a new order after every barrier.
+enum class Order { kForward, kReverse, kShuffled };
+
+struct Device {
+  Order order = Order::kForward;
+  unsigned seed = 1;
+  int compute_capability_major = 9;
+  int shared_bytes_per_multiprocessor = 228 << 10;
+  int shared_bytes_per_block = 227 << 10;  // with the opt-in attribute
+  bool refuses_clusters = false;           // as a device does whose partition has too few multiprocessors
+};
+Device& device();
+
+// Runs every block of the grid, `cluster` consecutive ones (along x) at a time; `body` calls the kernel.
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const std::function<void()>& body);
+
+// Number of grids that ran, and the cluster size of the last one: which path a launcher took.
+struct LaunchRecord {
+  int launches = 0;
+  unsigned cluster = 1;
+  size_t shared_bytes = 0;
+};
+LaunchRecord& launch_record();
+
+// Where in the source a thread waits. Threads that meet at one barrier from two places have diverged.
+struct Site {
+  const char* file;
+  int line;
+};
+
+// Of the thread that runs.
+int lane();
+unsigned cluster_rank();
+unsigned cluster_size();
+void* shared_memory();
+void* map_shared_rank(const void* address, unsigned rank);
+
+// Ends the program: `emulator: <what> (block x,y,z, thread x,y,z)`, exit status kErrorStatus.
+constexpr int kErrorStatus = 70;
+[[noreturn]] void fail(const char* what);
+
+void block_barrier(Site site);
+void cluster_barrier(Site site);
+void warp_barrier(unsigned mask, Site site);
+
+// Every lane of `mask` publishes `bytes` bytes; the result points at 32 slots of kExchangeBytes, valid until the lane's
+// next exchange but one.
+constexpr size_t kExchangeBytes = 32;
+const unsigned char* warp_exchange(unsigned mask, const void* value, size_t bytes, Site site);
+
+// The value of lane `source`, or the caller's own where the shuffle reaches past its segment.
+template <typename T>
+T shuffle(unsigned mask, T value, int source, bool reaches, Site site) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8, "a shuffle moves 4 or 8 bytes");
+  const unsigned char* slots = warp_exchange(mask, &value, sizeof(T), site);
+  if (!reaches) return value;
+  if ((mask >> source & 1u) == 0) fail("a shuffle reads a lane that its mask leaves out");
+  T result;
+  std::memcpy(&result, slots + static_cast<size_t>(source) * kExchangeBytes, sizeof(T));
+  return result;
+}
+
+}  // namespace emulator
+
+// The last parameters of a function that has to know from where it is called.
+#define EMULATOR_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()

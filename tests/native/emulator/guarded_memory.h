@@ -1,0 +1,52 @@
+// Memory that ends at a page nobody may touch, so that an access past its end stops the program where it happens, with
+// or without AddressSanitizer. An access before its start is found only beyond the rest of the first page.
+#pragma once
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+namespace emulator {
+
+class GuardedMemory {
+ public:
+  // `bytes` bytes at an address that is a multiple of `alignment`; what is left between the end and the guard page is
+  // less than `alignment`. Every byte is 0xff: a float there is NaN.
+  explicit GuardedMemory(size_t bytes, size_t alignment);
+  ~GuardedMemory();
+  GuardedMemory(GuardedMemory&& other) noexcept;
+  GuardedMemory(const GuardedMemory&) = delete;
+  GuardedMemory& operator=(const GuardedMemory&) = delete;
+  GuardedMemory& operator=(GuardedMemory&&) = delete;
+
+  unsigned char* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+  void poison();
+
+ private:
+  void* mapping_ = nullptr;
+  size_t mapping_bytes_ = 0, bytes_ = 0;
+  unsigned char* data_ = nullptr;
+};
+
+// What cudaMalloc gives a kernel, in a test: `size` elements, `offset` elements behind a 256-byte boundary.
+template <typename T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(size_t size, size_t offset = 0)
+      : memory_((size + offset) * sizeof(T), offset == 0 ? alignof(T) : 256), size_(size), offset_(offset) {}
+  explicit DeviceArray(const std::vector<T>& values, size_t offset = 0) : DeviceArray(values.size(), offset) {
+    std::copy(values.begin(), values.end(), data());
+  }
+
+  T* data() const { return reinterpret_cast<T*>(memory_.data()) + offset_; }
+  size_t size() const { return size_; }
+  T& operator[](size_t i) const { return data()[i]; }
+  T* begin() const { return data(); }
+  T* end() const { return data() + size_; }
+
+ private:
+  GuardedMemory memory_;
+  size_t size_, offset_;
+};
+
+}  // namespace emulator

@@ -1,0 +1,34 @@
+"""The rows of a chunk on a GPU: the cost model's bounds, whole tiles, balanced chunks."""
+
+from __future__ import annotations
+
+import pytest
+
+from mtp_ext.ops.chunking import chunk_size
+
+
+def size(n_rows: int, vocab: int, width: int) -> int:
+    return chunk_size(n_rows, vocab, 2, chunk_rows=None, workspace_bytes=None, gpu_width=width)
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "vocab", "width", "expected"),
+    [
+        (16384, 32000, 1024, 4096),  # 256 MiB hold 4194 rows
+        (16384, 32000, 4096, 4096),  # half of the gradient is 250 MiB: the smallest workspace still
+        (16384, 128256, 4096, 4096),  # 1 GiB holds 4186 rows
+        (16384, 128256, 1024, 2048),  # 256 MiB would hold 1046: never fewer than 2048
+        (16384, 1000, 512, 8192),  # never more than 8192
+        (5000, 32000, 1024, 2560),  # two chunks, balanced, in whole tiles
+        (100, 32000, 1024, 100),
+        (0, 32000, 1024, 1),
+    ],
+)
+def test_gpu_chunks(n_rows: int, vocab: int, width: int, expected: int) -> None:
+    assert size(n_rows, vocab, width) == expected
+
+
+def test_the_callers_limits_come_first() -> None:
+    limits = {"gpu_width": 1024}
+    assert chunk_size(100, 32000, 2, chunk_rows=7, workspace_bytes=None, **limits) == 7
+    assert chunk_size(100, 1000, 2, chunk_rows=None, workspace_bytes=20_000, **limits) == 10

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe, gpu_state
+from mtp_ext.ops.allocation import release_workspace
 
 L2_FLUSH_BYTES = 256 << 20  # more than any L2 cache
 
@@ -143,6 +144,7 @@ def peak_here(case: Case) -> int:
     """Bytes by which one call lifts this process's resident memory, once warm. Meant for a process of its own."""
     case.fn()  # loads code and starts threads: not the case's memory
     gc.collect()
+    release_workspace()  # counts: a call brings it
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM

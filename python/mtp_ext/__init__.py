@@ -10,9 +10,22 @@ except ImportError as error:
         f"'pip install --no-build-isolation -e .' ({error})"
     ) from error
 
-from mtp_ext.ops import MultiTokenLoss, debug_checks, linear_cross_entropy, multi_token_cross_entropy
+from mtp_ext.ops import (
+    MultiTokenLoss,
+    debug_checks,
+    linear_cross_entropy,
+    multi_token_cross_entropy,
+    release_workspace,
+)
 
 __version__ = "0.1.0"
 build_info = _C.build_info
 
-__all__ = ["MultiTokenLoss", "build_info", "debug_checks", "linear_cross_entropy", "multi_token_cross_entropy"]
+__all__ = [
+    "MultiTokenLoss",
+    "build_info",
+    "debug_checks",
+    "linear_cross_entropy",
+    "multi_token_cross_entropy",
+    "release_workspace",
+]

@@ -1,8 +1,9 @@
 """The fused losses. Only the wrapped functions are public: a raw op has no gradient."""
 
+from mtp_ext.ops.allocation import release_workspace
 from mtp_ext.ops.debug import debug_checks
 from mtp_ext.ops.linear_cross_entropy import linear_cross_entropy
 from mtp_ext.ops.multi_token_cross_entropy import multi_token_cross_entropy
 from mtp_ext.ops.result import MultiTokenLoss
 
-__all__ = ["MultiTokenLoss", "debug_checks", "linear_cross_entropy", "multi_token_cross_entropy"]
+__all__ = ["MultiTokenLoss", "debug_checks", "linear_cross_entropy", "multi_token_cross_entropy", "release_workspace"]

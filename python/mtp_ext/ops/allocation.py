@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from mtp_ext import _C
 
 # Smaller blocks are the allocator's to recycle; at this size every call maps, and faults in, fresh pages.
 HUGE_PAGE_BYTES = 4 << 20
+# The largest workspace that outlives its call: a default chunk of logits at V = 128k.
+KEPT_BYTES = 256 << 20
+_kept: list[Tensor] = []
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -19,3 +24,29 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     if device.type == "cpu" and x.nbytes >= HUGE_PAGE_BYTES:
         _C.advise_huge_pages(x.data_ptr(), x.nbytes)
     return x
+
+
+@contextmanager
+def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Scratch memory of ``shape``: on the CPU that of the call before, if it is large enough; kept for the next one.
+
+    torch caches freed memory on a GPU and not on a CPU, where touching 128 MiB of fresh pages costs 10 ms, and up to 80
+    where a hypervisor has to find them; the loss would pay that in every step.
+    """
+    numel = math.prod(shape)
+    fits = device.type == "cpu" and bool(_kept) and _kept[-1].dtype == dtype and _kept[-1].numel() >= numel
+    buffer = _kept.pop() if fits else empty((numel,), dtype, device)
+    yield buffer[:numel].view(shape)
+    if device.type == "cpu" and buffer.nbytes <= KEPT_BYTES:
+        _kept[:] = [buffer]  # one in all, whatever the number of threads
+
+
+def release_workspace() -> None:
+    """Frees the memory that the loss keeps between calls on the CPU: one chunk of logits, at most 256 MiB.
+
+    The next call takes it anew. (On a GPU it is torch's caching allocator that keeps it: ``torch.cuda.empty_cache()``.)
+
+    Example:
+        >>> release_workspace()
+    """
+    _kept.clear()

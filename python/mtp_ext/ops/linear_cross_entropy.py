@@ -69,7 +69,7 @@ def linear_cross_entropy(
         >>> hidden, weight = torch.zeros(5, 8, requires_grad=True), torch.zeros(100, 8, requires_grad=True)
         >>> loss = linear_cross_entropy(hidden, weight, torch.tensor([3, 1, 4, 1, -100]))
         >>> loss.backward()
-        >>> round(float(loss), 4)  # all logits are equal: log 100
+        >>> round(loss.item(), 4)  # all logits are equal: log 100
         4.6052
 
     Reference: :func:`torch.nn.functional.cross_entropy` of :func:`torch.nn.functional.linear`.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 
-from mtp_ext.ops.allocation import empty
+from mtp_ext.ops.allocation import empty, workspace
 from mtp_ext.ops.chunking import ChunkGemms, chunk_size
 from mtp_ext.ops.device_rows import add_column_sum, copy_valid_rows, counts_stay_on, mark_rows, padded_columns
 from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
@@ -112,15 +112,25 @@ class RowLoop:
             gpu_width=gemms.weight.shape[1] if counts_stay_on(gemms.weight.device) else None,
         )
         columns = padded_columns(vocab_size, dtype.itemsize, self.targets.labels.device)
-        logits = self._buffer("logits", (size, columns), dtype)[:, :vocab_size]
-        for low in range(begin, end, size):
-            high = min(low + size, end)
-            rows = self.selection.rows[low:high]
-            h = self._gather(low, high, hidden, gemms)
-            z = gemms.logits(h, logits[: high - low])
-            self._loss(z, rows, write_gradient=out is not None)
-            if out is not None:
-                self._products(low, high, z, h, gemms, out)
+        with workspace((size, columns), dtype, self.targets.labels.device) as logits:
+            for low in range(begin, end, size):
+                self._chunk(low, min(low + size, end), logits[:, :vocab_size], hidden, gemms, out)
+
+    def _chunk(
+        self,
+        low: int,
+        high: int,
+        logits: Tensor,
+        hidden: Sequence[Tensor | None],
+        gemms: ChunkGemms,
+        out: Gradients | None,
+    ) -> None:
+        rows = self.selection.rows[low:high]
+        h = self._gather(low, high, hidden, gemms)
+        z = gemms.logits(h, logits[: high - low])
+        self._loss(z, rows, write_gradient=out is not None)
+        if out is not None:
+            self._products(low, high, z, h, gemms, out)
 
     def _loss(self, z: Tensor, rows: Tensor, *, write_gradient: bool) -> None:
         row_pass = partial(

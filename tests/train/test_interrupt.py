@@ -46,10 +46,10 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path: Path, numb
 
 def test_a_second_signal_ends_at_once() -> None:
     with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop.received is signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_handlers_are_given_back() -> None:

@@ -327,4 +327,6 @@ class HeadLossAccumulator:
         if selection.valid is not None:
             return weights.view(self.n_heads, -1).sum(1)
         head = selection.rows.div(selection.rows_per_head, rounding_mode="floor")
-        return torch.zeros(self.n_heads, dtype=self.acc_dtype, device=self.labels.device).index_add_(0, head, weights)
+        # One weight after the other: in float32 the sum over a large batch would lose digits.
+        sums = torch.zeros(self.n_heads, dtype=torch.float64, device=self.labels.device)
+        return sums.index_add_(0, head, weights.double()).to(self.acc_dtype)

@@ -1,0 +1,29 @@
+"""``mtp bench``: a table for people, JSON for programs, wrong sizes refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mtp_ext.cli.main import main
+
+SMALL = ("bench", "--positions", "8", "--d-model", "4", "--vocab-size", "30", "--n-future", "2", "--device", "cpu")
+
+
+def test_table_names_both_implementations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "mtp_ext" in out and "plain torch" in out and "V = 30" in out
+
+
+def test_json_without_plain_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--rounds", "2", "--json", "--skip-plain", "--dtype", "bfloat16"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [r["implementation"] for r in document["results"]] == ["mtp_ext"]
+    assert document["results"][0]["milliseconds"] > 0 and document["shape"]["dtype"] == "bfloat16"
+
+
+def test_a_size_of_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--positions", "0"]) == 2
+    assert "positions must be at least 1, got 0" in capsys.readouterr().err

@@ -178,13 +178,13 @@ void run_moving_maximum(mtp::CpuCapability isa) {
     Problem p(3 * 1024 + 5, 2, 1, Options{}, loss_problem::keep, 1);
     for (size_t i = 0; i < p.logits.size(); ++i)
       p.logits[i] = static_cast<float>(logit_of(static_cast<int64_t>(i) % p.vocab, p.logits[i]));
-    p.labels = {0, 5, p.vocab - 1};
+    p.labels = {0, p.vocab - 2, p.vocab - 1};  // in the last block: the target's logit is finite in every row
     run_float32(p, isa, mtp::Gradient::kWrite);
     run_sharded(p, isa, 2048);
   };
   run([](int64_t v, double x) { return x + 0.01 * static_cast<double>(v); });
   run([](int64_t v, double x) { return x - 0.01 * static_cast<double>(v); });
-  run([](int64_t v, double x) { return v < 2048 && v != 5 ? -kInf : x - 1000.0; });
+  run([](int64_t v, double x) { return v < 2048 ? -kInf : x - 1000.0; });
 }
 
 // A row of -1 is no row: its gradient is zeros, its tables stay.

@@ -226,3 +226,16 @@ def test_training_lowers_the_loss_like_plain_autograd(make_model: Make, make_bat
     assert losses["autograd"][-1] < losses["autograd"][0]
     for schedule in ("sequential", "joint"):
         assert losses[schedule] == pytest.approx(losses["autograd"], rel=1e-11)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "joint"])
+def test_a_loss_scale_beyond_float16_reaches_float16_gradients(
+    schedule: str, make_model: Make, make_batch: Make
+) -> None:
+    """65536, where GradScaler starts, is infinite in float16; the gradients that it scales need not be."""
+    model = make_model(2, dtype=torch.float16)
+    tokens, labels = make_batch(2)
+    (65536.0 * model(tokens, labels, head_weights=[1e-3, 1e-3], schedule=schedule).loss).backward()
+    grads = [p.grad for p in model.parameters()]
+    assert all(g is not None and torch.isfinite(g).all() for g in grads)
+    assert any(g is not None and g.any() for g in grads)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mtp_ext.ops import call
+
 
 class HeadStack(Protocol):
     """What a schedule needs of the heads; see :class:`mtp_ext.nn.heads.Heads`."""
@@ -68,7 +70,5 @@ def head_outputs(
 
 
 def scaled(grads: Sequence[Tensor | None], by: Tensor) -> list[Tensor | None]:
-    """Saved gradients times the incoming one: as they are or copies, never scaled in place: backward may run again."""
-    if by.device.type == "cpu" and by.item() == 1.0:
-        return list(grads)
-    return [None if g is None else g * by.to(g.dtype) for g in grads]
+    """Saved gradients times the incoming one, each in its own dtype; see :func:`mtp_ext.ops.call.scaled`."""
+    return [None if g is None else call.scaled(g, by, g.dtype) for g in grads]

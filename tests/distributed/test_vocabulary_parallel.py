@@ -94,11 +94,30 @@ def check_shards(sizes: list[int], rank: int) -> None:
                 dist.all_gather(losses, ours["loss"])
                 assert all(torch.equal(x, losses[0]) for x in losses), "ranks hold different losses"
     compare(evaluate_rows(shard, {"group": group}), evaluate_rows(slice(0, V), {}), shard, 1e-12)
+    check_compiled(shard)
     bad = labels()
     bad[1, 3] = V
     x = inputs(torch.float32)
     with pytest.raises(ValueError, match=rf"\[0, {V}\)"):
         mtp_ext.multi_token_cross_entropy(x["hidden"], x["weight"][shard], bad, group=group)
+
+
+def check_compiled(shard: slice) -> None:
+    """One graph, and the gradients that eager mode gives."""
+    x = inputs(torch.float64)
+    hidden, weight = x["hidden"].requires_grad_(), x["weight"][shard].clone().requires_grad_()
+
+    def function(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return mtp_ext.multi_token_cross_entropy(hidden, weight, labels, group=dist.group.WORLD, softcap=4.0).loss
+
+    expected = function(hidden, weight, labels())
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(hidden, weight, labels())
+    found = torch.autograd.grad(compiled, (hidden, weight))
+    for ours, eager in zip(
+        (compiled, *found), (expected, *torch.autograd.grad(expected, (hidden, weight))), strict=True
+    ):
+        torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-12)
+    torch.compiler.reset()
 
 
 def worker(rank: int, layouts: list[list[int]], rendezvous: str) -> None:

@@ -14,6 +14,7 @@ from mtp_ext.ops import MultiTokenLoss, linear_cross_entropy, multi_token_cross_
 
 DIFFERENTIABLE = ("hidden", "weight", "bias", "head_weights")
 FLOATING = (*DIFFERENTIABLE, "class_weights", "token_weights", "normalizer")
+OF_CLASSES = ("weight", "bias", "class_weights")  # what a vocabulary shard holds a part of
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Arguments that bound memory and leave the value alone; the reference does not have them.
 CHUNKING = ("chunk_rows", "workspace_bytes")
@@ -118,6 +119,27 @@ def calls(draw: st.DrawFn) -> Call:
     )
 
 
+@st.composite
+def plain_calls(draw: st.DrawFn) -> Call:
+    """Calls of ``linear_cross_entropy`` without options, which take a way of their own."""
+    g = make_generator(draw(st.integers(0, 2**31)))
+    (width, vocab), shape = draw(sizes()), tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
+    options = {
+        "reduction": draw(st.sampled_from(["mean", "sum"])),
+        "ignore_index": draw(st.sampled_from([-100, -100, 0])),
+    }
+    tensors = {
+        "hidden": torch.randn(*shape, width, generator=g, dtype=torch.float64),
+        "weight": torch.randn(vocab, width, generator=g, dtype=torch.float64),
+        "labels": draw_targets(g, shape, vocab, options, draw(st.sampled_from([0.0, 0.3, 1.0]))),
+    }
+    if draw(st.booleans()):
+        tensors["labels"] = tensors["labels"].int()
+    wanted = draw(st.sampled_from([("hidden",), ("weight",), ("hidden", "weight")]))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32]))
+    return Call(dtype, tensors, options, heads=False, wanted=wanted, strided=draw(st.booleans()))
+
+
 def draw_head_arguments(
     draw: st.DrawFn, g: torch.Generator, tensors: dict[str, Tensor], options: dict[str, Any], n: int
 ) -> None:
@@ -130,10 +152,20 @@ def draw_head_arguments(
     options["detach_weight"] = draw(st.sampled_from([(), (), (1,), (n,)]))
 
 
-def arguments(call: Call, dtype: torch.dtype, *, ours: bool) -> dict[str, Any]:
+@dataclass
+class Shard:
+    """The classes that a rank holds of a vocabulary sharded over ``group``."""
+
+    classes: slice
+    group: torch.distributed.ProcessGroup
+
+
+def arguments(call: Call, dtype: torch.dtype, *, ours: bool, shard: Shard | None = None) -> dict[str, Any]:
     """Keyword arguments with inputs that hold the same numbers in every dtype: rounded to the call's, then widened."""
     made: dict[str, Any] = {}
     for name, value in call.tensors.items():
+        if shard is not None and name in OF_CLASSES:
+            value = value[..., shard.classes, :] if name == "weight" else value[shard.classes]
         if name in ("hidden", "weight", "bias"):
             value = value.to(call.dtype).to(dtype)
         elif name in FLOATING:
@@ -151,6 +183,8 @@ def arguments(call: Call, dtype: torch.dtype, *, ours: bool) -> dict[str, Any]:
     if not ours:
         for name in CHUNKING:
             options.pop(name, None)
+    if shard is not None:
+        options["group"] = shard.group
     return made | options
 
 
@@ -161,14 +195,14 @@ class Results:
     grads: dict[str, Tensor]
 
 
-def run(call: Call, dtype: torch.dtype, *, ours: bool) -> Results:
+def run(call: Call, dtype: torch.dtype, *, ours: bool, shard: Shard | None = None) -> Results:
     """Values and gradients of the fused loss, or of the reference, for fixed incoming gradients."""
     function: Callable[..., Any]
     if ours:
         function = multi_token_cross_entropy if call.heads else linear_cross_entropy
     else:
         function = reference.multi_token_cross_entropy if call.heads else reference.linear_cross_entropy
-    made = arguments(call, dtype, ours=ours)
+    made = arguments(call, dtype, ours=ours, shard=shard)
     out = function(**made)
     values, exact = named_outputs(out)
     g = make_generator(call.gradient_seed)
@@ -200,13 +234,15 @@ def named_outputs(out: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {"loss": out}, {}
 
 
-def assert_no_worse_than_eager(call: Call) -> None:
-    """Every value and gradient errs at most twice as much as eager torch in the same dtype, plus a floor."""
-    exact, eager, ours = (
-        run(call, torch.float64, ours=False),
-        run(call, call.dtype, ours=False),
-        run(call, call.dtype, ours=True),
-    )
+def assert_no_worse_than_eager(call: Call, ours: Results | None = None) -> None:
+    """Every value and gradient errs at most twice as much as eager torch in the same dtype, plus a floor.
+
+    Args:
+        call: The call.
+        ours: Its results, where they were not computed here.
+    """
+    exact, eager = run(call, torch.float64, ours=False), run(call, call.dtype, ours=False)
+    ours = ours or run(call, call.dtype, ours=True)
     assert {k: v.tolist() for k, v in ours.exact.items()} == {k: v.tolist() for k, v in exact.exact.items()}
     assert ours.grads.keys() == exact.grads.keys()
     for kind in ("values", "grads"):

@@ -12,6 +12,14 @@ STABLE_TORCH_LIBRARY(mtp_ext, m) {
       "bool write_gradient, Tensor(b!) loss, Tensor(c!) lse, Tensor(d!) predicted, str stage='whole', "
       "int vocab_start=0, int? total_vocab=None, Tensor(e!)? statistics=None, Tensor(f!)? local_max=None, "
       "Tensor? class_weight_total=None) -> ()");
+  // On the CPU only: the loss of all heads at once.
+  m.def(
+      "_fused_loss_(Tensor[] hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? document_ids, "
+      "Tensor? token_weights, Tensor? class_weights, Tensor? head_weights, Tensor? row_scale, Tensor? lse_grad, "
+      "float? normalizer, int seq_len, int first_shift, int ignore_index, float label_smoothing, float z_loss, "
+      "float softcap, float logit_scale, int[] detach_weight, ScalarType compute_dtype, Tensor(a!) workspace, "
+      "Tensor(b!)[] grad_hidden, Tensor(c!)? grad_weight, Tensor(d!)? grad_bias) -> (Tensor loss, Tensor head_loss, "
+      "Tensor n_valid, Tensor denominators, Tensor losses, Tensor lse, Tensor predicted, int first_invalid)");
   // On CUDA only; elsewhere the Python layer does the same with torch's own operators.
   m.def("_column_sum_(Tensor x, Tensor(a!) out, bool accumulate) -> ()");
   m.def("_scale_into_(Tensor x, Tensor scale, Tensor(a!) out) -> ()");

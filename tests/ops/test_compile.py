@@ -112,6 +112,15 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         "_row_losses": (ops._row_losses, (*operands, None), {"normalizer": 1.0, "with_metrics": True, **options}),
         "_row_losses_backward": (ops._row_losses_backward, (*operands, table, table), {**options, **needs}),
         "_add_scaled_": (ops._add_scaled_, (torch.ones(V, 8), weight, torch.tensor(2.0)), {}),
+        "_fused_loss_": (
+            ops._fused_loss_,
+            (
+                *([h.flatten(0, 1) for h in hidden], weight, bias, *call.tensors(), None, None, None, None, 5, 1, -100),
+                *(0.1, 1e-3, 5.0, 1.0, [2], torch.float32, torch.empty(4, V)),
+                *([torch.empty(15, 8), torch.empty(15, 8)], torch.empty(V, 8), torch.zeros(V)),
+            ),
+            {},
+        ),
         "_select_rows": (ops._select_rows, (labels, None, None, 2, 5, 1, -100, V), {}),
         "_loss_rows_": (
             ops._loss_rows_,
@@ -142,6 +151,8 @@ def test_opcheck(name: str) -> None:
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
     if name == "_select_rows":
         utilities = ("test_schema", "test_autograd_registration")  # behind the counts its rows are unspecified
+    if name == "_fused_loss_":  # called by the operators' bodies alone, and never seen by a compiler
+        utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(operator.default, args, kwargs, test_utils=utilities)
 
 

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import pytest
+from hypothesis import HealthCheck, given, settings
 
-from tests.ops.cases import Call, assert_no_worse_than_eager, calls
+from mtp_ext.ops import fused_cpu, plain_call
+from tests.ops.cases import Call, arguments, assert_no_worse_than_eager, calls, plain_calls
 
 
 @given(calls())
 def test_any_call_is_no_worse_than_eager(call: Call) -> None:
+    assert_no_worse_than_eager(call)
+
+
+@given(calls())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_accumulator_is_no_worse_than_eager(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    """What one native call does, a step at a time."""
+    monkeypatch.setattr(fused_cpu, "takes", lambda weight, group_name: False)
+    assert_no_worse_than_eager(call)
+
+
+@given(plain_calls())
+def test_a_plain_call_is_no_worse_than_eager(call: Call) -> None:
+    made = arguments(call, call.dtype, ours=True)
+    assert plain_call.takes(**made)
     assert_no_worse_than_eager(call)

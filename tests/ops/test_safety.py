@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mtp_ext
 from mtp_ext import linear_cross_entropy, multi_token_cross_entropy
-from mtp_ext.ops.chunking import ChunkGemms
+from mtp_ext.ops import allocation
 
 N, B, S, D, V = 3, 2, 40, 16, 211
 
@@ -146,20 +146,44 @@ def test_strided_inputs() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_weightless_rows_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ignored, tail, weightless and foreign-document rows never reach a GEMM."""
-    seen: list[int] = []
-    logits = ChunkGemms.logits
-    monkeypatch.setattr(ChunkGemms, "logits", lambda self, h, out: seen.append(len(h)) or logits(self, h, out))
+def test_weightless_rows_cost_no_product() -> None:
+    """Ignored, tail, weightless and foreign-document rows never reach a GEMM: no logits of theirs are written."""
+    untouched = 123.0
+
+    def rows_written() -> int:
+        """Since the last call of this function, in a workspace that holds the rows of all heads at once."""
+        held = allocation._kept[:]
+        allocation._kept[:] = [torch.full((N * B * S * V,), untouched)]
+        return sum(int((x.view(-1, V) != untouched).any(1).sum()) for x in held)
+
     hidden, weight, labels = inputs()
     labels[:, 5:15] = -100
     token_weights = torch.ones(labels.shape)
     token_weights[:, 20:25] = 0
     documents = torch.arange(S + N).div(20, rounding_mode="floor").expand(B, -1)
+    mtp_ext.release_workspace()
+    rows_written()
     out = multi_token_cross_entropy(hidden, weight, labels, token_weights=token_weights, document_ids=documents)
-    assert sum(seen) == int(out.n_valid.sum()) < N * B * S
+    assert rows_written() == int(out.n_valid.sum()) < N * B * S
     gradients(out.loss, hidden, weight)
-    assert sum(seen) == int(out.n_valid.sum()), "the backward multiplied again"
+    assert rows_written() == 0, "the backward multiplied again"
+    mtp_ext.release_workspace()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_replicated_unembeddings_are_those_of_single_heads(dtype: torch.dtype) -> None:
+    hidden, _, labels = inputs(dtype)
+    labels[:, 10:20] = -100
+    weights = torch.randn(N, V, D, dtype=dtype, requires_grad=True)
+    out = multi_token_cross_entropy(hidden, weights, labels, detach_weight=(2,), chunk_rows=32)
+    grad_hidden, grad_weights = gradients(out.loss, hidden, weights)
+    for k in range(N):
+        weight = weights[k].detach().requires_grad_()
+        one = linear_cross_entropy(hidden[k], weight, labels[:, k + 1 : k + 1 + S], chunk_rows=32)
+        assert isinstance(one, Tensor) and torch.equal(one, out.head_loss[k])
+        expected_hidden, expected_weight = gradients(one, hidden, weight)
+        assert torch.equal(grad_hidden[k], expected_hidden[k])
+        assert torch.equal(grad_weights[k], torch.zeros_like(weight) if k == 1 else expected_weight)
 
 
 def test_debug_checks_is_a_switch() -> None:

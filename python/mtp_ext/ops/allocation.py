@@ -26,19 +26,29 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return x
 
 
-@contextmanager
-def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """Scratch memory of ``shape``: on the CPU that of the call before, if it is large enough; kept for the next one.
+def take_workspace(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Scratch memory for at least ``numel`` elements, flat: on the CPU that of the call before, if it is large enough.
 
     torch caches freed memory on a GPU and not on a CPU, where touching 128 MiB of fresh pages costs 10 ms, and up to 80
     where a hypervisor has to find them; the loss would pay that in every step.
     """
-    numel = math.prod(shape)
     fits = device.type == "cpu" and bool(_kept) and _kept[-1].dtype == dtype and _kept[-1].numel() >= numel
-    buffer = _kept.pop() if fits else empty((numel,), dtype, device)
+    return _kept.pop() if fits else empty((numel,), dtype, device)
+
+
+def keep_workspace(buffer: Tensor) -> None:
+    """Hands memory back for the next call; one block in all is kept, whatever the number of threads."""
+    if buffer.is_cpu and buffer.nbytes <= KEPT_BYTES:
+        _kept[:] = [buffer]
+
+
+@contextmanager
+def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """Scratch memory of ``shape``, kept for the next call unless this one fails."""
+    numel = math.prod(shape)
+    buffer = take_workspace(numel, dtype, device)
     yield buffer[:numel].view(shape)
-    if device.type == "cpu" and buffer.nbytes <= KEPT_BYTES:
-        _kept[:] = [buffer]  # one in all, whatever the number of threads
+    keep_workspace(buffer)
 
 
 def release_workspace() -> None:

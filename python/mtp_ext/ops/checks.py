@@ -24,20 +24,23 @@ def describe(x: object) -> str:
     return f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str)) else type(x).__name__
 
 
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
 def check_tensor(
     name: str, x: object, *, dtypes: Sequence[torch.dtype], shape: str, device: torch.device | None = None
 ) -> None:
     """Raises TypeError unless ``x`` is a plain tensor of one of ``dtypes``, ValueError if it is on another device."""
-    allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     if isinstance(x, DTensor):
         raise TypeError(
             f"{name} must be a local tensor {shape}, got a DTensor: pass {name}.to_local(), or full_tensor() where it "
             "is sharded over what the loss needs whole"
         )
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor {shape} of {allowed}, got {describe(x)}")
+        raise TypeError(f"{name} must be a tensor {shape} of {_names(dtypes)}, got {describe(x)}")
     if x.dtype not in dtypes:
-        raise TypeError(f"{name} must be {shape} of dtype {allowed}, got {describe(x)}")
+        raise TypeError(f"{name} must be {shape} of dtype {_names(dtypes)}, got {describe(x)}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device} like hidden, got {describe(x)}")
 
@@ -134,9 +137,12 @@ def _backends() -> tuple[str, ...]:
 
 def check_targets_in_range(labels: Tensor, first_invalid: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raises ValueError for a label that is no class: on the CPU, where looking costs nothing, or in debug mode."""
-    if labels.device.type != "cpu" and not debug_checks_enabled():
-        return
-    at = int(first_invalid.item())
+    if labels.device.type == "cpu" or debug_checks_enabled():
+        check_first_invalid(int(first_invalid.item()), labels, vocab_size, ignore_index)
+
+
+def check_first_invalid(at: int, labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raises ValueError unless ``at``, the flat index into ``labels`` of a label that is no class, is negative."""
     if at >= 0:
         b, j = divmod(at, labels.shape[1])
         raise ValueError(

@@ -10,9 +10,11 @@ from torch import Tensor
 
 # A chunk of logits that the caller did not size: 128 MiB, which is 1024 float32 rows at V = 32k.
 DEFAULT_WORKSPACE_BYTES = 128 << 20
-# Fewer rows leave the GEMMs inefficient (128 rows lose 20-40 %); more gain nothing on a CPU.
+# Fewer rows leave the GEMMs inefficient (128 rows lose 20-40 %); more gain nothing on a CPU, except 2 % where a chunk
+# of short rows is small.
 MIN_CHUNK_ROWS = 512
 MAX_CHUNK_ROWS = 1024
+SMALL_WORKSPACE_BYTES = 8 << 20
 # A GPU needs more rows before the GEMMs outweigh the row pass and the float32 sum of the weight's gradient: with 760
 # TFLOP/s and 3 TB/s those cost 167 / D and 333 / C of the GEMMs. Its tiles are 128 rows high.
 GPU_SMALLEST_WORKSPACE_BYTES = 256 << 20
@@ -50,8 +52,9 @@ def chunk_size(
     elif gpu_width is not None:
         return _gpu_chunk_size(n_rows, vocab_size, itemsize, gpu_width)
     else:
-        fits = DEFAULT_WORKSPACE_BYTES // max(1, vocab_size * itemsize)
-        limit = min(MAX_CHUNK_ROWS, max(MIN_CHUNK_ROWS, fits))
+        row_bytes = max(1, vocab_size * itemsize)
+        fits = DEFAULT_WORKSPACE_BYTES // row_bytes
+        limit = max(min(MAX_CHUNK_ROWS, max(MIN_CHUNK_ROWS, fits)), SMALL_WORKSPACE_BYTES // row_bytes)
     n_chunks = max(1, -(-n_rows // limit))
     return max(1, -(-n_rows // n_chunks))
 
@@ -75,6 +78,20 @@ def has_fast_bfloat16_gemm() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def logits_dtype(device: torch.device, compute_dtype: torch.dtype, *, full_precision: bool = False) -> torch.dtype:
+    """What logits are held in: the operands' dtype where its GEMM is fast, else float32.
+
+    Args:
+        device: Of the operands.
+        compute_dtype: What they are rounded to.
+        full_precision: Never in 16 bits.
+    """
+    if compute_dtype.itemsize != 2:
+        return compute_dtype
+    fast = device.type != "cpu" or (compute_dtype == torch.bfloat16 and has_fast_bfloat16_gemm())
+    return compute_dtype if fast and not full_precision else torch.float32
+
+
 class ChunkGemms:
     """The products ``Z = H W^T``, ``dH = dZ W`` and ``dW += dZ^T H`` of one chunk.
 
@@ -96,11 +113,9 @@ class ChunkGemms:
         full_precision_logits: bool = False,
         gradient_unscale: float = 1.0,
     ) -> None:
-        native_16_bit = weight.device.type != "cpu" or (compute_dtype == torch.bfloat16 and has_fast_bfloat16_gemm())
-        native_16_bit = native_16_bit and not full_precision_logits
-        self.widens = compute_dtype.itemsize == 2 and not native_16_bit
         self.compute_dtype = compute_dtype
-        self.logits_dtype = torch.float32 if self.widens else compute_dtype
+        self.logits_dtype = logits_dtype(weight.device, compute_dtype, full_precision=full_precision_logits)
+        self.widens = self.logits_dtype != compute_dtype
         # Of the gradient of hidden states: what is scaled back must not pass through float16.
         self.product_dtype = torch.float32 if self.logits_dtype == torch.float16 else self.logits_dtype
         self.gradient_unscale = gradient_unscale

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ext.ops import checks
+from mtp_ext.ops import checks, fused_cpu
 from mtp_ext.ops.call import saved_grad_dtype
 from mtp_ext.ops.head_loss import HeadLossAccumulator
 from mtp_ext.ops.row_kernels import RowOptions
@@ -59,6 +59,20 @@ def _accumulator(
     )
 
 
+def _fused(tensors: tuple[Any, ...], normalizer_tensor: Tensor | None, **options: Any) -> fused_cpu.FusedLoss:
+    """The native call on the CPU, where reading a normalizer costs nothing."""
+    del options["group_name"]
+    number = options.pop("normalizer") or None if normalizer_tensor is None else float(normalizer_tensor)
+    return fused_cpu.fused_loss(*tensors, **{**options, "normalizer": number})
+
+
+def _statistics(fused: fused_cpu.FusedLoss, labels: Tensor, with_metrics: bool, first_shift: int) -> tuple[Tensor, ...]:
+    """head_loss, n_valid, top1 and accept_length."""
+    none = fused.loss.new_empty(0, dtype=torch.float32)
+    measured = fused.metrics(labels, first_shift) if with_metrics else (none, none.clone())
+    return (fused.head_loss, fused.n_valid, *measured)
+
+
 def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
@@ -93,6 +107,12 @@ def multi_token_loss(
     **options: Any,
 ) -> tuple[Any, ...]:
     """Loss, metrics and gradients in one pass: 6 N D V FLOP, 2 without gradients."""
+    tensors = (hidden, weight, bias, labels, document_ids, token_weights, class_weights)
+    if fused_cpu.takes(weight, options["group_name"]):
+        needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
+        fused = _fused(tensors, normalizer_tensor, head_weights=head_weights, **needs, **options)
+        gradients = (_or_empty(fused.grad_weight, weight), _or_empty(fused.grad_bias, weight), fused.grad_hidden)
+        return (fused.loss, *_statistics(fused, labels, with_metrics, options["first_shift"]), *gradients)
     with torch.autocast(weight.device.type, enabled=False):
         accumulator = _accumulator(
             weight,
@@ -157,6 +177,11 @@ def row_losses(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Loss (with its token weight) and log-sum-exp of every row, ``[n, B, S]``, without gradients: 2 N D V FLOP."""
+    tensors = (hidden, weight, bias, labels, document_ids, token_weights, class_weights)
+    if fused_cpu.takes(weight, options["group_name"]):
+        fused = _fused(tensors, normalizer_tensor, need_hidden=False, need_weight=False, need_bias=False, **options)
+        statistics = _statistics(fused, labels, with_metrics, options["first_shift"])
+        return (fused.losses, fused.lse, fused.denominators, *statistics)
     with torch.autocast(weight.device.type, enabled=False):
         accumulator = _accumulator(
             weight,
@@ -221,6 +246,12 @@ def row_losses_backward(
     **options: Any,
 ) -> tuple[Any, ...]:
     """The gradients for any incoming ones ``[n, B, S]``; forms the logits again: 6 N D V FLOP."""
+    tensors = (hidden, weight, bias, labels, document_ids, token_weights, class_weights)
+    if fused_cpu.takes(weight, options["group_name"]):
+        scales = {"row_scale": grad_losses.reshape(-1), "lse_grad": grad_lse.reshape(-1)}
+        needs = {"need_hidden": need_hidden, "need_weight": need_weight, "need_bias": need_bias}
+        fused = _fused(tensors, None, normalizer=1.0, **scales, **needs, **options)
+        return _or_empty(fused.grad_weight, weight), _or_empty(fused.grad_bias, weight), fused.grad_hidden
     with torch.autocast(weight.device.type, enabled=False):
         accumulator = _accumulator(
             weight,

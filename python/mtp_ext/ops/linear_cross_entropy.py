@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mtp_ext.ops import checks
+from mtp_ext.ops import checks, plain_call
 from mtp_ext.ops.autocast import autocast_dtype
 from mtp_ext.ops.call import LossCall, RowArguments
 from mtp_ext.ops.functions import reduced_loss, row_losses
@@ -74,6 +74,14 @@ def linear_cross_entropy(
 
     Reference: :func:`torch.nn.functional.cross_entropy` of :func:`torch.nn.functional.linear`.
     """
+    absent = (bias, class_weights, token_weights, softcap, chunk_rows, workspace_bytes, grad_weight_out, group)
+    numbers_off = (label_smoothing, z_loss, logit_scale, return_lse) == (0.0, 0.0, 1.0, False)
+    if (
+        numbers_off
+        and all(x is None for x in absent)
+        and plain_call.takes(hidden, weight, targets, ignore_index, reduction)
+    ):
+        return plain_call.plain_loss(hidden, weight, targets, ignore_index, reduction)
     compute_dtype = _check_inputs(hidden, weight, targets, token_weights, group is not None)
     row = RowArguments(
         bias=bias,

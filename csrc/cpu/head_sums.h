@@ -1,0 +1,39 @@
+// Sums over the rows of one head: what its loss is divided by, and the loss.
+//
+// Shapes    rows [count]: flat rows of one head that count (cpu/select_rows.h); class_weights [V] or null; loss: a
+// table
+//           over all flat rows.
+// Cost      one read of the rows and of what they index.
+// Numerics  float64 sums: added up in float32, the weights of a large batch would lose digits.
+#pragma once
+#include <cstdint>
+
+#include "core/target_rule.h"
+
+namespace mtp {
+
+// The sum of token_weight * class_weight over the rows' targets; `count` where there are neither.
+inline double sum_of_weights(const TargetRule& rule, const int64_t* rows, int64_t count, const float* class_weights) {
+  if (rule.token_weights == nullptr && class_weights == nullptr) return static_cast<double>(count);
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    const TargetRule::Location at = rule.locate(rows[i]);
+    const double class_weight = class_weights == nullptr ? 1.0 : class_weights[rule.target(at)];
+    sum += class_weight * rule.token_weight(at);
+  }
+  return sum;
+}
+
+// Multiplies the rows' losses by their token weights, and returns their sum.
+template <typename acc_t>
+double weigh_losses(const TargetRule& rule, const int64_t* rows, int64_t count, acc_t* loss) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    acc_t& value = loss[rows[i]];
+    if (rule.token_weights != nullptr) value *= static_cast<acc_t>(rule.token_weight(rule.locate(rows[i])));
+    sum += static_cast<double>(value);
+  }
+  return sum;
+}
+
+}  // namespace mtp

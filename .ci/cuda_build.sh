@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Builds the extension with CUDA on a machine without a GPU, and imports it: the compile, the link and the registrations
 # are checked, nothing runs on a device. The environment (torch's CUDA build, about 6 GB) is kept between calls in
-# MTP_CI_CUDA_CACHE. Exits 0 with the reason when the machine cannot do it; MTP_CI_CUDA=0 skips it.
+# MTP_CI_CUDA_CACHE. Exits 0 with the reason when the machine cannot do it; MTP_CI_CUDA=0 skips it, MTP_CI_CUDA_TORCH is
+# the version of torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tree=$PWD
 
-torch=2.14.1 cuda_major=13 need_gb=20
+torch=${MTP_CI_CUDA_TORCH:-2.14.1} cuda_major=13 need_gb=20
 cache=${MTP_CI_CUDA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mtp_ext/cuda-$torch}
 skip() { echo "CUDA build skipped: $1"; exit 0; }
 

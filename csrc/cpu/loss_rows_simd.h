@@ -38,10 +38,18 @@ struct Scratch {
     std::memcpy(largest, x + begin, static_cast<size_t>(end - begin) * sizeof(float));
   }
 
+  // Whether the maximum is among the kStride elements from v on; without a branch, so that it vectorises.
+  bool holds_largest(int64_t v) const {
+    int found = 0;
+    for (int64_t i = v; i < v + kStride; ++i) found |= static_cast<int>(largest[i] == largest_logit);
+    return found != 0;
+  }
+
   // The first index of the maximum; 0 for a row of NaN or -inf.
   int64_t argmax() const {
     if (largest_logit == -INFINITY) return 0;
     int64_t v = 0;
+    while (!holds_largest(v)) v += kStride;
     while (largest[v] != largest_logit) ++v;
     return largest_begin + v;
   }
@@ -183,10 +191,10 @@ void write_gradient(float* x, const LossRowsParams<float>& p, int64_t begin, int
 
 // Ends a row: tables, and the gradient in place of what row_statistics left in x. `shifts` holds what the exponentials
 // of each block are relative to, or is null where all are relative to `local_max`.
-void finish(float* x, const LossRowsParams<float>& p, int64_t row, int64_t target, const RowStatistics& stats,
+void finish(float* x, const LossRowsParams<float>& p, int64_t row, TargetRule::Location at, const RowStatistics& stats,
             const float* shifts, double local_max) {
   const double lse_grad = p.lse_grad == nullptr ? 0.0 : static_cast<double>(p.lse_grad[row]);
-  const RowLoss result = finish_row(stats, p.options, p.row_weight(row, p.targets.locate(row)), lse_grad);
+  const RowLoss result = finish_row(stats, p.options, p.row_weight(row, at), lse_grad);
   p.loss[row] = static_cast<float>(result.loss);
   p.lse[row] = static_cast<float>(result.lse);
   p.predicted[row] = static_cast<int32_t>(stats.argmax);
@@ -206,6 +214,7 @@ void finish(float* x, const LossRowsParams<float>& p, int64_t row, int64_t targe
     }
     write_gradient<false>(x, p, begin, end, result.prob_scale * correction, 0.0f, result.uniform);
   }
+  const int64_t target = p.targets.target(at);
   if (!p.holds(target)) return;
   const double t = capped ? stats.target_logit / p.softcap : 0.0;
   x[target - p.vocab_start] = static_cast<float>(result.target_grad * p.logit_scale * (1.0 - t * t));
@@ -217,14 +226,14 @@ void process_row(float* x, const LossRowsParams<float>& p, int64_t r, Scratch& s
     if (p.writes_gradient()) std::memset(x, 0, static_cast<size_t>(p.vocab_size) * sizeof(float));
     return;
   }
-  const int64_t target = p.targets.target(p.targets.locate(row));
+  const TargetRule::Location at = p.targets.locate(row);
   if (p.stage == Stage::kGradient) {
     RowStatistics stats;
     std::memcpy(&stats, p.statistics + r * kRowStatistics, sizeof(stats));
-    return finish(x, p, row, target, stats, nullptr, p.local_max[r]);
+    return finish(x, p, row, at, stats, nullptr, p.local_max[r]);
   }
-  const RowStatistics stats = row_statistics(x, p, target, scratch);
-  if (p.stage == Stage::kWhole) return finish(x, p, row, target, stats, scratch.shifts.get(), stats.max);
+  const RowStatistics stats = row_statistics(x, p, p.targets.target(at), scratch);
+  if (p.stage == Stage::kWhole) return finish(x, p, row, at, stats, scratch.shifts.get(), stats.max);
   std::memcpy(p.statistics + r * kRowStatistics, &stats, sizeof(stats));
   p.local_max[r] = stats.max;
 }

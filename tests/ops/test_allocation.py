@@ -40,6 +40,15 @@ def test_one_chunk_is_kept_and_used_again() -> None:
     assert allocation._kept == [] and loss(300) == values[0]
 
 
+def test_memory_of_inference_mode_is_not_kept() -> None:
+    with torch.inference_mode():
+        expected = loss(300)
+    assert allocation._kept == []
+    assert loss(300) == expected
+    with torch.inference_mode():
+        assert loss(300) == expected, "ordinary memory serves both"
+
+
 def test_two_calls_at_once_do_not_share() -> None:
     with allocation.workspace((4, 5), torch.float32, CPU):
         pass

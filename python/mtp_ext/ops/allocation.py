@@ -37,8 +37,11 @@ def take_workspace(numel: int, dtype: torch.dtype, device: torch.device) -> Tens
 
 
 def keep_workspace(buffer: Tensor) -> None:
-    """Hands memory back for the next call; one block in all is kept, whatever the number of threads."""
-    if buffer.is_cpu and buffer.nbytes <= KEPT_BYTES:
+    """Hands memory back for the next call; one block in all is kept, whatever the number of threads.
+
+    Memory of an inference mode is not: a later call could not write to it.
+    """
+    if buffer.is_cpu and buffer.nbytes <= KEPT_BYTES and not buffer.is_inference():
         _kept[:] = [buffer]
 
 

@@ -169,7 +169,7 @@ def make_labels(rows: int) -> Tensor:
 
 
 def error(actual: Tensor | None, expected: Tensor | None) -> float:
-    """Largest difference over the largest element, of a shard in the shard; infinite where only one is None."""
+    """Largest difference over the largest element, of a shard in the shard; infinite for NaN, or where one is None."""
     if actual is None or expected is None:
         return 0.0 if actual is expected else float("inf")
     actual, expected = actual.detach(), expected.detach()
@@ -179,7 +179,10 @@ def error(actual: Tensor | None, expected: Tensor | None) -> float:
         start = dist.get_rank() * -(-len(expected) // dist.get_world_size())
         expected = expected[start : start + len(actual)]
     assert actual.shape == expected.shape
-    return float((actual - expected).abs().amax() / scale) if actual.numel() else 0.0
+    if actual.numel() == 0:
+        return 0.0
+    difference = (actual - expected).abs().amax() / scale
+    return float(difference.nan_to_num(nan=float("inf")))  # max() would pass over a NaN
 
 
 def compare(case: Case, rank: int) -> float:

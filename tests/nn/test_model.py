@@ -286,6 +286,14 @@ def test_errors_come_before_any_work(make_model: Make, make_batch: Make) -> None
             model(**({"tokens": tokens, "labels": labels} | change))
 
 
+def test_tied_weights_that_came_apart_are_an_error(make_model: Make, make_batch: Make) -> None:
+    """As where one of them is sharded without the other: each would learn on its own."""
+    model = make_model(2, tie_embeddings=True)
+    model.unembed.weight = torch.nn.Parameter(model.embed.weight.detach().clone())
+    with pytest.raises(ValueError, match=r"unembed\.weight must be embed\.weight where tie_embeddings is set"):
+        model(*make_batch(2))
+
+
 def test_heads_check_the_hidden_state(make_model: Make, make_batch: Make) -> None:
     with pytest.raises(ValueError, match=r"hidden must be \[B, S, D\] with D = 16"):
         make_model(3).heads(torch.zeros(2, 12, 8), make_batch(3)[1])

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mtp_ext.nn.layers import RMSNorm, rms_norm
 from mtp_ext.nn.schedule import check_schedule, multi_token_loss
+from mtp_ext.nn.sharded_heads import gathered, reduce_in_backward
 from mtp_ext.nn.targets import Targets
 from mtp_ext.nn.unembedding import ReplicatedUnembedding
 from mtp_ext.nn.variants import VARIANTS, chains_of, check_variant
@@ -101,7 +103,7 @@ class Heads(nn.Module):
         self.recompute = False
         # In a tuple, so that they are not registered twice.
         self._borrowed = (unembed, embed)
-        self._tied = tied
+        self._tied, self._reads_embed = tied, tied or any(head.reads_embedding for head in heads)
         for k, head in enumerate(heads):
             self.add_module(str(k), head)
         self.norm = norm
@@ -124,14 +126,23 @@ class Heads(nn.Module):
 
     def logits(self, k: int, normed: Tensor) -> Tensor:
         """Head ``k``'s logits ``[..., V]`` of its normed output ``[..., D]``."""
-        weight = self.unembedding
-        logits = F.linear(normed, weight if weight.dim() == 2 else weight[k - 1])
+        with gathered(self._read_alone()) as sharded:
+            weight = _checked_whole(self.unembedding)
+            logits = F.linear(normed, weight if weight.dim() == 2 else weight[k - 1])
+        reduce_in_backward(logits, sharded, gather=True)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def run(self, k: int, x: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         """Head ``k``'s layer output and its normed output, two ``[B, S, D]``; recorded by autograd as any module."""
-        state, normed = self.head(k)(x, context, **self._common(k))
+        with gathered(self._read_alone()) as sharded:
+            state, normed = self.head(k)(x, context, **self._common(k))
+        for output in (state, normed):
+            reduce_in_backward(output, sharded, gather=True)
         return state, normed
+
+    def modules_of(self, k: int) -> list[nn.Module]:
+        """Head ``k`` and the modules in it."""
+        return list(self.head(k).modules())
 
     def parameters_of(self, k: int) -> list[Tensor]:
         """What head ``k`` reads beside its input, in a fixed order; heads may have parameters in common."""
@@ -154,6 +165,11 @@ class Heads(nn.Module):
             assert embed is not None, "a head that reads the embedding is given one"
             common["embedding"] = embed.weight
         return common
+
+    def _read_alone(self) -> list[nn.Module]:
+        """Modules whose parameters are read here and whose forward, in which FSDP2 would gather them, is not called."""
+        unembed, embed = self._borrowed
+        return [m for m in (self, self.norm, unembed, embed if self._reads_embed else None) if m is not None]
 
     def context(self, hidden: Tensor, tokens: Tensor | None, document_ids: Tensor | None) -> Any:
         """What the heads are told beside the hidden states where the trunk has not run: the document ids ``[B, S]``."""
@@ -202,7 +218,12 @@ class Heads(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Targets, context: Any, schedule: str) -> MultiTokenLoss:
         """:meth:`forward` with checked targets and the context of the trunk's forward."""
-        return multi_token_loss(self, hidden, self.unembedding, context, targets, schedule)
+        with gathered(self._read_alone()) as sharded:
+            weight = _checked_whole(self.unembedding)
+            result = multi_token_loss(self, hidden, weight, context, targets, schedule)
+        # The sequential schedule has read them for the last time.
+        reduce_in_backward(result.loss, sharded, gather=schedule != "sequential")
+        return result
 
 
 HeadModules = Sequence[nn.Module] | Callable[[int], nn.Module]
@@ -235,6 +256,17 @@ def make_heads(modules: HeadModules, n_future: int | None, width: int, norm_eps:
     if len({id(module) for module in made}) < len(made):
         raise ValueError("heads must be n different modules, got one object twice: those heads would share all weights")
     return [m if isinstance(m, Head) else Head(m, RMSNorm(width, norm_eps)) for m in made]
+
+
+def _checked_whole(weight: Tensor) -> Tensor:
+    """Raises TypeError for an unembedding that is not in this process as a whole."""
+    if isinstance(weight, DTensor):
+        raise TypeError(
+            "unembed.weight must be a local tensor [V, D] or [n, V, D], got a DTensor. Under FSDP2, call the module "
+            "that was sharded last, model(...), or name the method that you call: register_fsdp_forward_method(model, "
+            "'all_logits')"
+        )
+    return weight
 
 
 def _takes_two(module: nn.Module) -> bool:

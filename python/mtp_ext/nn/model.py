@@ -132,6 +132,13 @@ class MTPModel(MultiTokenModel):
 
     def prepare(self, tokens: Tensor, document_ids: Tensor | None) -> AttentionContext:
         """As of the base class."""
+        if self.config.tie_embeddings and isinstance(self.unembed, nn.Linear):
+            if self.unembed.weight is not self.embed.weight:
+                raise ValueError(
+                    "unembed.weight must be embed.weight where tie_embeddings is set, got two parameters: set "
+                    "model.unembed.weight = model.embed.weight, before FSDP2 shards it, and shard both modules in one "
+                    "group, fully_shard([model.embed, model.unembed]) or the model's"
+                )
         return self.trunk.context(tokens, document_ids)
 
     def with_tokens_ahead(self, context: AttentionContext, tokens: Tensor, labels: Tensor | None) -> AttentionContext:

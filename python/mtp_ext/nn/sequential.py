@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtp_ext.nn.random_state import RandomState
+from mtp_ext.nn.sharded_heads import HeadWeights, reduce_in_backward
 from mtp_ext.nn.stack import HeadStack, chains_to_run, scaled
-from mtp_ext.nn.step_loss import step_loss
+from mtp_ext.nn.step_loss import StepLoss, step_loss
 from mtp_ext.nn.targets import Targets
 from mtp_ext.ops.result import MultiTokenLoss
 
@@ -27,36 +28,46 @@ def sequential_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: A
     chains = chains_to_run(heads, targets.active)
     if all(chain[0] in targets.detach_heads for chain in chains):
         hidden = hidden.detach()  # an input without a gradient would send zeros through the trunk
+    weights = HeadWeights(heads, [k for chain in chains for k in chain])
+    with_grad = torch.is_grad_enabled()
+    sums: GradientSums | None = None
+    if with_grad and (hidden.requires_grad or weights.learn):
+        sums = GradientSums()
+        sums.expect([hidden, *weights.known()])
+    with torch.no_grad():
+        need_grad_weight = with_grad and weight.requires_grad
+        sweep = _Sweep(heads, weights, context, targets, hidden, weight, sums, need_grad_weight=need_grad_weight)
+        sweep.run()
     # A parameter that several heads read is one input, and gets one gradient.
-    parameters = list({id(p): p for chain in chains for k in chain for p in heads.parameters_of(k)}.values())
+    parameters = [] if sums is None else [x for x in sums.tensors if x is not hidden]
     inputs = (hidden, weight, targets.head_weights, *parameters)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return MultiTokenLoss(*SequentialFunction.apply(heads, context, targets, *inputs))  # type: ignore[no-untyped-call]
-    return _Sweep(heads, context, targets, hidden, weight, GradientSums([]), need_grad_weight=False).run()
+    if not with_grad or not any(x is not None and x.requires_grad for x in inputs):
+        return sweep.loss.result()
+    result = MultiTokenLoss(*SequentialFunction.apply(sweep.loss, sweep.sums, *inputs))  # type: ignore[no-untyped-call]
+    reduce_in_backward(result.loss, weights.modules, gather=False)
+    return result
 
 
 class SequentialFunction(torch.autograd.Function):
-    """Takes the heads' gradients in its forward and hands them to autograd in its backward.
+    """Hands the heads' gradients, which were taken in the forward, to autograd in its backward.
 
     Inputs are the trunk's output, the unembedding, the head weights and every parameter of the heads, so each of them
-    gets its whole gradient once, from its own autograd node: hooks, DDP, clipping and loss scaling see nothing unusual.
+    gets its whole gradient once, from its own autograd node: hooks, DDP, FSDP2, clipping and loss scaling see nothing
+    unusual.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        heads: HeadStack,
-        context: Any,
-        targets: Targets,
+        loss: StepLoss,
+        sums: GradientSums,
         hidden: Tensor,
         weight: Tensor,
         head_weights: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
-        sums = GradientSums(x for x in (hidden, *parameters) if x.requires_grad)
-        sweep = _Sweep(heads, context, targets, hidden, weight, sums, need_grad_weight=weight.requires_grad)
-        result = sweep.run()
-        grad_weight = sweep.loss.grad_weight
+        result = loss.result()
+        grad_weight = loss.grad_weight
         wants_head_weights = head_weights is not None and head_weights.requires_grad
         ctx.head_weights_dtype = None if head_weights is None else head_weights.dtype
         ctx.save_for_backward(
@@ -74,22 +85,30 @@ class SequentialFunction(torch.autograd.Function):
         hidden, weight, head_weights, *parameters = scaled(ctx.saved_tensors, grad_loss)
         if head_weights is not None:
             head_weights = head_weights.to(ctx.head_weights_dtype)
-        return (None, None, None, hidden, weight, head_weights, *parameters)
+        return (None, None, hidden, weight, head_weights, *parameters)
 
 
 class GradientSums:
     """Gradients that are being summed, by the identity of the tensor that they belong to.
 
-    Their memory is taken before the first head runs: long-lived gradients in between the activations of successive
-    heads would keep the allocator from using that space again (on glibc, 2 MB a head at ``T = 1536, D = 64``).
+    Their memory is taken before the first head runs, where it can be: long-lived gradients in between the activations
+    of successive heads would keep the allocator from using that space again (on glibc, 2 MB a head at
+    ``T = 1536, D = 64``).
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._buffers = {id(x): torch.empty_like(x) for x in tensors}
-        self._empty = set(self._buffers)
+    def __init__(self) -> None:
+        self._buffers: dict[int, Tensor] = {}
+        self._empty: set[int] = set()
+        self.tensors: list[Tensor] = []
+        """Those that get a gradient."""
 
-    def __bool__(self) -> bool:
-        return bool(self._buffers)
+    def expect(self, tensors: Iterable[Tensor]) -> None:
+        """Takes the memory for the gradients of those of ``tensors`` that require one, once each."""
+        for x in tensors:
+            if x.requires_grad and id(x) not in self._buffers:
+                self._buffers[id(x)] = torch.empty_like(x)
+                self._empty.add(id(x))
+                self.tensors.append(x)
 
     def wants(self, x: Tensor) -> bool:
         """Whether ``x`` gets a gradient."""
@@ -128,39 +147,49 @@ class _Kept(NamedTuple):
 
 
 class _Sweep:
-    """One pass over all heads: losses, metrics, and those gradients that ``sums`` wants."""
+    """One pass over all heads: losses, metrics, and the gradients that ``sums`` collects; None: no head needs one."""
 
     def __init__(
         self,
         heads: HeadStack,
+        weights: HeadWeights,
         context: Any,
         targets: Targets,
         hidden: Tensor,
         weight: Tensor,
-        sums: GradientSums,
+        sums: GradientSums | None,
         *,
         need_grad_weight: bool,
     ) -> None:
-        self.heads, self.context, self.targets, self.hidden, self.sums = heads, context, targets, hidden, sums
+        self.heads, self.weights, self.context, self.targets, self.hidden = heads, weights, context, targets, hidden
+        self.learns, self.sums = sums is not None, GradientSums() if sums is None else sums
         self.loss = step_loss(
-            heads, hidden, weight, targets, need_grad_hidden=bool(sums), need_grad_weight=need_grad_weight
+            heads, hidden, weight, targets, need_grad_hidden=self.learns, need_grad_weight=need_grad_weight
         )
 
-    def run(self) -> MultiTokenLoss:
+    def run(self) -> None:
         """Forward along each chain of heads, and back from its end."""
-        for chain in chains_to_run(self.heads, self.loss.heads):
-            if not self.sums:
-                self._measure(chain)
-                continue
-            kept = self._forward(chain)
-            grad: Tensor | None = None
-            while kept:
-                head = kept.pop()
-                grad = self._backward(head if isinstance(head, _Recorded) else self._run_again(head), grad)
-                del head
-            if grad is not None and self.sums.wants(self.hidden):
-                self.sums.add(self.hidden, grad)
-        return self.loss.result()
+        try:
+            for chain in chains_to_run(self.heads, self.loss.heads):
+                if self.learns:
+                    self._learn(chain)
+                else:
+                    self._measure(chain)
+        finally:
+            self.weights.release_all()  # where a head raised an error
+
+    def _learn(self, chain: tuple[int, ...]) -> None:
+        """The chain's losses and gradients."""
+        kept = self._forward(chain)
+        grad: Tensor | None = None
+        while kept:
+            head = kept.pop()
+            self.weights.gather(head.k)
+            grad = self._backward(head if isinstance(head, _Recorded) else self._run_again(head), grad)
+            self.weights.release(head.k)
+            del head
+        if grad is not None and self.sums.wants(self.hidden):
+            self.sums.add(self.hidden, grad)
 
     def _measure(self, chain: tuple[int, ...]) -> None:
         """The chain's losses where no gradient is wanted in a head: nothing has to wait for a way back."""
@@ -168,25 +197,36 @@ class _Sweep:
         for k in chain:
             head = self._record(k, x)
             self._backward(head, None)
+            self.weights.release(k)
             x = head.state
 
     def _forward(self, chain: tuple[int, ...]) -> list[_Recorded | _Kept]:
-        """The chain's heads in order; what their backwards need."""
+        """The chain's heads in order; what their backwards need. The last one's weights stay gathered for it."""
         kept: list[_Recorded | _Kept] = []
         x, wanted = self.hidden.detach(), self.sums.wants(self.hidden)
         for i, k in enumerate(chain):
             wanted = wanted and k not in self.targets.detach_heads
             x = x.detach().requires_grad_(wanted)
-            wanted = wanted or any(self.sums.wants(p) for p in self.heads.parameters_of(k))
-            if self.heads.recompute and i + 1 < len(chain):
+            parameters, is_last = self._parameters(k), i + 1 == len(chain)
+            wanted = wanted or any(self.sums.wants(p) for p in parameters)
+            if self.heads.recompute and not is_last:
                 kept.append(_Kept(k, x, RandomState.of(x.device) if self.heads.training else None))
                 with torch.no_grad():
-                    x = self.heads.run_with(k, [p.detach() for p in self.heads.parameters_of(k)], x, self.context)[0]
+                    x = self.weights.run(k, [p.detach() for p in parameters], x, self.context)[0]
             else:
                 recorded = self._record(k, x)
                 kept.append(recorded)
                 x = recorded.state
+            if not is_last:
+                self.weights.release(k)
         return kept
+
+    def _parameters(self, k: int) -> list[Tensor]:
+        """Head ``k``'s parameters, whole until they are released."""
+        parameters = self.weights.gather(k)
+        if self.learns:
+            self.sums.expect(parameters)
+        return parameters
 
     def _run_again(self, head: _Kept) -> _Recorded:
         if head.random is None:
@@ -196,10 +236,10 @@ class _Sweep:
 
     def _record(self, k: int, x: Tensor) -> _Recorded:
         """Head ``k``'s forward on its input ``x``, a leaf."""
-        parameters = self.heads.parameters_of(k)
+        parameters = self._parameters(k)
         stand_ins = [p.detach().requires_grad_(self.sums.wants(p)) for p in parameters]
-        with torch.set_grad_enabled(bool(self.sums)):
-            state, normed = self.heads.run_with(k, stand_ins, x, self.context)
+        with torch.set_grad_enabled(self.learns):
+            state, normed = self.weights.run(k, stand_ins, x, self.context)
         return _Recorded(k, x, parameters, stand_ins, state, normed)
 
     def _backward(self, head: _Recorded, grad_state: Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_ext.ops import call
@@ -27,6 +27,8 @@ class HeadStack(Protocol):
     def run_with(self, k: int, parameters: Sequence[Tensor], x: Tensor, context: Any) -> tuple[Tensor, Tensor]: ...
 
     def parameters_of(self, k: int) -> list[Tensor]: ...
+
+    def modules_of(self, k: int) -> list[nn.Module]: ...
 
 
 def chains_to_run(heads: HeadStack, active: Collection[int]) -> list[tuple[int, ...]]:

@@ -27,7 +27,6 @@ struct TargetRule {
   };
 
   MTP_HD Location locate(int64_t row) const {
-    if (row < seq_len) return {0, 0, row};  // every row of a loss without heads: spares it four divisions
     const int64_t head_rows = batch * seq_len;
     const int64_t in_head = row % head_rows;
     return {row / head_rows, in_head / seq_len, in_head % seq_len};

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import mtp_ext
-from mtp_ext.ops import decode
+from mtp_ext.ops import decode, rms_norm
 from mtp_ext.ops.head_loss import HeadLossAccumulator
 from mtp_ext.ops.row_kernels import RowOptions
 
@@ -57,6 +57,11 @@ def trace_public_functions(dtype: torch.dtype) -> None:
         )
         assert result.loss.is_cuda and result.head_loss.shape == (HEADS,)
         best = decode.top_classes(empty(5, WIDTH, dtype=dtype), empty(VOCAB, WIDTH, dtype=dtype), 3)
+        normed, h = rms_norm.rms_norm_heads(
+            empty(5, WIDTH, dtype=dtype), empty(HEADS, WIDTH), 1e-5, empty(5, WIDTH, dtype=dtype)
+        )
+        assert normed.shape == (HEADS, 5, WIDTH) and h.shape == (5, WIDTH) and normed.is_cuda
+        assert rms_norm.uses_kernel(h, empty(WIDTH))
         assert best.ids.shape == best.logits.shape == (5, 3) and best.lse.is_cuda
 
 

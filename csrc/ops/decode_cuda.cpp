@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "kernels/decode.h"
+#include "ops/aligned.h"
 #include "ops/check.h"
 #include "ops/stream.h"
 
@@ -22,17 +23,18 @@ std::tuple<Tensor, Tensor, Tensor> decode_cuda(const Tensor& hidden, const Tenso
                   "hidden and weight must be contiguous and of one dtype");
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
   const int64_t rows = hidden.size(0), vocab = weight.size(0);
+  const Tensor hidden_rows = aligned(hidden), weight_rows = aligned(weight);
   Tensor logits = torch::stable::new_empty(hidden, {rows, top}, ScalarType::Float);
   Tensor ids = torch::stable::new_empty(hidden, {rows, top}, ScalarType::Int);
   Tensor lse = torch::stable::new_empty(hidden, {rows}, ScalarType::Float);
   const auto bytes = static_cast<int64_t>(decode_workspace_bytes(rows, vocab, static_cast<int>(top)));
   Tensor workspace = torch::stable::new_empty(hidden, {bytes}, ScalarType::Byte);
-  check_launch(
-      launch_decode({hidden.const_data_ptr(), weight.const_data_ptr(), dtype_of(hidden), rows, vocab, hidden.size(1),
-                     hidden.stride(0), weight.stride(0), static_cast<int>(top), logits.mutable_data_ptr<float>(),
-                     ids.mutable_data_ptr<int32_t>(), lse.mutable_data_ptr<float>(), workspace.mutable_data_ptr()},
-                    current_stream(hidden)),
-      "decode");
+  check_launch(launch_decode({hidden_rows.const_data_ptr(), weight_rows.const_data_ptr(), dtype_of(hidden), rows, vocab,
+                              hidden.size(1), hidden_rows.stride(0), weight_rows.stride(0), static_cast<int>(top),
+                              logits.mutable_data_ptr<float>(), ids.mutable_data_ptr<int32_t>(),
+                              lse.mutable_data_ptr<float>(), workspace.mutable_data_ptr()},
+                             current_stream(hidden)),
+               "decode");
   return {logits, ids, lse};
 }
 

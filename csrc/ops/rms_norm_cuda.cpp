@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "kernels/rms_norm.h"
+#include "ops/aligned.h"
 #include "ops/check.h"
 #include "ops/stream.h"
 
@@ -27,12 +28,14 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_heads_cuda(const Tensor& x, const Op
   check_vector(weight, weight.size(0) * x.size(1), ScalarType::Float, "weight");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t rows = x.size(0), width = x.size(1), heads = weight.size(0);
+  const Tensor x_rows = aligned(x), weights = aligned(weight);
+  const OptionalTensor residual_rows = aligned(residual);
   Tensor y = torch::stable::new_empty(x, {heads, rows, width});
   Tensor rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
   Tensor h = torch::stable::new_empty(x, {residual.has_value() ? rows : 0, width});
-  const RmsNormForwardParams params{x.const_data_ptr(),
-                                    optional_like(residual, x, "residual"),
-                                    weight.const_data_ptr<float>(),
+  const RmsNormForwardParams params{x_rows.const_data_ptr(),
+                                    optional_like(residual_rows, x, "residual"),
+                                    weights.const_data_ptr<float>(),
                                     residual.has_value() ? h.mutable_data_ptr() : nullptr,
                                     y.mutable_data_ptr(),
                                     rstd.mutable_data_ptr<float>(),
@@ -56,13 +59,15 @@ std::tuple<Tensor, Tensor> rms_norm_heads_backward_cuda(const Tensor& grad_y, co
   check_vector(weight, heads * width, ScalarType::Float, "weight");
   check_vector(rstd, rows, ScalarType::Float, "rstd");
   const torch::stable::accelerator::DeviceGuard guard(h.get_device_index());
+  const Tensor grad_y_rows = aligned(grad_y), h_rows = aligned(h), weights = aligned(weight);
+  const OptionalTensor grad_h_rows = aligned(grad_h);
   Tensor grad_x = torch::stable::new_empty(h, {rows, width});
   Tensor grad_weight = torch::stable::new_empty(h, {heads, width}, ScalarType::Float);
   Tensor partial = torch::stable::new_empty(h, {rms_norm_partials(rows, heads, width)}, ScalarType::Float);
-  const RmsNormBackwardParams params{grad_y.const_data_ptr(),
-                                     h.const_data_ptr(),
-                                     optional_like(grad_h, h, "grad_h"),
-                                     weight.const_data_ptr<float>(),
+  const RmsNormBackwardParams params{grad_y_rows.const_data_ptr(),
+                                     h_rows.const_data_ptr(),
+                                     optional_like(grad_h_rows, h, "grad_h"),
+                                     weights.const_data_ptr<float>(),
                                      rstd.const_data_ptr<float>(),
                                      grad_x.mutable_data_ptr(),
                                      grad_weight.mutable_data_ptr<float>(),

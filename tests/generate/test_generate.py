@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from mtp_ext.generate import DecodingStats, GenerationOutput, generate
+from mtp_ext.generate.sampling import Sampling
 from mtp_ext.nn import KVCache, MTPConfig, MTPModel
 
 VOCAB_SIZE = 23
@@ -158,6 +160,39 @@ def test_sampled_tokens_follow_the_models_distribution(model: MTPModel) -> None:
     expected = (model(prompt)[0, -1] / 2.0).softmax(-1)
     error = (torch.bincount(tokens, minlength=VOCAB_SIZE) / n - expected).abs()
     assert (error <= 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize("fields", [{}, {"softcap": 2.0}, {"variant": "replicated"}, {"tie_embeddings": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 4}, {"temperature": 1.5, "top_k": 99}], ids=str)
+def test_tokens_are_those_drawn_from_all_logits(
+    options: dict[str, Any], fields: dict[str, Any], prompts: list[Tensor]
+) -> None:
+    """Whether the unembedding gives all logits or the best alone."""
+    config = MTPConfig(
+        VOCAB_SIZE, 16, 5, 4, n_future=3, max_seq_len=40, **({"init_std": 0.8, "unembed_init_std": 1.0} | fields)
+    )
+    model, sampling = MTPModel(config).double(), Sampling(**options)
+    expected: list[list[int]] = [[] for _ in prompts]
+    cache, generator = KVCache(len(prompts), 20), torch.Generator().manual_seed(4)
+    tokens, counts = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), list(LENGTHS)
+    with torch.no_grad():
+        for _ in range(10):
+            drawn = sampling.draw(model.next_token_logits(tokens, cache, counts), generator)
+            for row, token in zip(expected, drawn.tolist(), strict=True):
+                row.append(token)
+            tokens, counts = drawn[:, None], [1] * len(prompts)
+    generator = torch.Generator().manual_seed(4)
+    assert as_lists(generate(model, prompts, 10, generator=generator, **options)) == expected
+    assert len({token for row in expected for token in row}) > 4
+
+
+def test_greedy_decoding_looks_at_the_best_class_alone(model: MTPModel, prompts: list[Tensor]) -> None:
+    """The logits of all classes are not asked for: on a GPU they are never written."""
+    with mock.patch.object(model.heads, "logits", side_effect=AssertionError("all logits")):
+        generate(model, prompts, 3)
+        generate(model, prompts, 3, temperature=1.0, top_k=5)
+        with pytest.raises(AssertionError, match="all logits"):
+            generate(model, prompts, 3, temperature=1.0)
 
 
 def test_stats_of_ordinary_decoding(model: MTPModel, prompts: list[Tensor]) -> None:

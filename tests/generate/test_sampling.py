@@ -84,3 +84,23 @@ def test_draws_follow_the_filtered_distribution() -> None:
 
 def test_16_bit_logits_are_widened() -> None:
     assert Sampling(1.0).probabilities(torch.zeros(1, 5).bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(0.7, top_k=1), Sampling(0.7, top_k=5), Sampling(2.0, top_k=9, top_p=0.6), Sampling(1, 50)],
+    ids=str,
+)
+def test_a_draw_from_the_best_is_a_draw_from_all(sampling: Sampling) -> None:
+    """The same tokens for the same generator."""
+    scores = torch.randn(200, 50, dtype=torch.float64)
+    assert sampling.n_best is not None
+    best = scores.topk(sampling.n_best)
+    of_all = sampling.draw(scores, torch.Generator().manual_seed(3))
+    of_best = sampling.draw_from_best(best.values, best.indices, 50, torch.Generator().manual_seed(3))
+    assert torch.equal(of_best, of_all) and (sampling.n_best == 1 or len(of_all.unique()) > 5)
+
+
+def test_only_top_k_and_temperature_0_leave_the_rest_unread() -> None:
+    assert Sampling().n_best == 1 and Sampling(1.0, top_k=7).n_best == 7
+    assert Sampling(1.0).n_best is None and Sampling(1.0, top_p=0.5).n_best is None

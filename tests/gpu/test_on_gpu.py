@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from tests.gpu import model_checks
 from tests.gpu.registry import CannotRun, Check, all_checks
 
 
 def test_no_check_is_lost() -> None:
     names = [check.name for check in all_checks()]
     assert len(names) == len(set(names)) > 15 and any(check.small for check in all_checks())
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        model_checks.models_equal_the_cpu_in_float64,
+        model_checks.greedy_tokens_equal_the_cpus,
+        model_checks.greedy_classes_in_16_bits_equal_the_gemms,
+    ],
+    ids=lambda run: run.__name__,
+)
+def test_the_checks_of_a_model_hold_on_the_cpu(run: Callable[[torch.device], None]) -> None:
+    run(torch.device("cpu"))
 
 
 @pytest.mark.gpu

@@ -77,9 +77,18 @@ def _decode(
     """Fills ``rows``. Finished rows are read on as padding until the last one ends."""
     lengths = [len(p) for p in prompts]
     cache = KVCache(len(prompts), max(lengths) + rows.max_new_tokens)
-    logits = model.next_token_logits(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), cache, lengths)
-    while rows.add(tokens := sampling.draw(logits, generator)):
-        logits = model.next_token_logits(tokens[:, None], cache, [1] * len(prompts))
+    hidden = model.next_token_hidden(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), cache, lengths)
+    while rows.add(tokens := _draw(model, hidden, sampling, generator)):
+        hidden = model.next_token_hidden(tokens[:, None], cache, [1] * len(prompts))
+
+
+def _draw(model: MTPModel, hidden: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """One token for each row of head 1's normed output ``[B, D]``: ``[B]`` int64."""
+    if sampling.n_best is None:
+        return sampling.draw(model.heads.logits(1, hidden), generator)
+    vocab_size = model.config.vocab_size
+    logits, classes = model.heads.best_classes(1, hidden, min(sampling.n_best, vocab_size))
+    return sampling.draw_from_best(logits, classes, vocab_size, generator)
 
 
 class _Rows:

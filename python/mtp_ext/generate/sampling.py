@@ -37,27 +37,48 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
 
+    @property
+    def n_best(self) -> int | None:
+        """How many of the most likely tokens a draw looks at; None: all."""
+        return 1 if self.temperature == 0 else self.top_k
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """``[..., V]``: what a draw follows; one-hot at temperature 0. float32, or float64 for float64 logits."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        # The greatest logit goes first, so that a tiny temperature makes no infinity.
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is None and self.top_p is None:
-            return logits.softmax(-1)
+            return self._scaled(logits).softmax(-1)
         ordered, index = logits.sort(stable=True, dim=-1, descending=True)
-        if self.top_k is not None:
-            ordered[..., self.top_k :] = -torch.inf
-        kept = ordered.softmax(-1)
-        if self.top_p is not None:
-            before = kept.cumsum(-1) - kept  # a token stays while those ahead of it sum to less than p
-            kept = kept.where(before < self.top_p, 0.0)
-            kept = kept / kept.sum(-1, keepdim=True)
-        return torch.zeros_like(kept).scatter_(-1, index, kept)
+        return torch.zeros_like(logits).scatter_(
+            -1, index[..., : self.top_k], self._of_best(ordered[..., : self.top_k])
+        )
 
     def draw(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         """One token for each row of ``logits [B, V]``: ``[B]`` int64."""
         if self.temperature == 0:
             return logits.argmax(-1)
         return torch.multinomial(self.probabilities(logits), 1, generator=generator)[:, 0]
+
+    def draw_from_best(
+        self, logits: Tensor, classes: Tensor, vocab_size: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """:meth:`draw` from the :attr:`n_best` largest logits ``[B, k]``, largest first, and their classes."""
+        if self.temperature == 0:
+            return classes[:, 0]
+        # Spread over the vocabulary, so that a generator's numbers go to the same tokens as in draw().
+        probabilities = logits.new_zeros(len(logits), vocab_size).scatter_(-1, classes, self._of_best(logits))
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+    def _of_best(self, ordered: Tensor) -> Tensor:
+        """The probabilities of tokens that are all kept by top-k, from their logits, largest first."""
+        kept = self._scaled(ordered).softmax(-1)
+        if self.top_p is None:
+            return kept
+        before = kept.cumsum(-1) - kept  # a token stays while those ahead of it sum to less than p
+        kept = kept.where(before < self.top_p, 0.0)
+        return kept / kept.sum(-1, keepdim=True)
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """The greatest logit goes first, so that a tiny temperature makes no infinity."""
+        return (logits - logits.amax(-1, keepdim=True)) / self.temperature

@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mtp_ext.nn.layers import RMSNorm, rms_norm
+from mtp_ext.nn.layers import RMSNorm
 from mtp_ext.nn.schedule import check_schedule, multi_token_loss
 from mtp_ext.nn.sharded_heads import gathered, reduce_in_backward
 from mtp_ext.nn.targets import Targets
 from mtp_ext.nn.unembedding import ReplicatedUnembedding
 from mtp_ext.nn.variants import VARIANTS, chains_of, check_variant
 from mtp_ext.ops.checks import describe
+from mtp_ext.ops.decode import top_classes
 from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.ops.rms_norm import rms_norm, rms_norm_heads
+from mtp_ext.ops.rms_norm import uses_kernel as rms_norm_uses_kernel
 
 
 class Head(nn.Module):
@@ -130,6 +133,19 @@ class Heads(nn.Module):
             weight = _checked_whole(self.unembedding)
             logits = F.linear(normed, weight if weight.dim() == 2 else weight[k - 1])
         reduce_in_backward(logits, sharded, gather=True)
+        return self._capped(logits)
+
+    def best_classes(self, k: int, normed: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Head ``k``'s ``count`` largest logits of its normed output ``[R, D]``, and their classes: two ``[R, count]``.
+
+        Largest first, of equals the lowest class; see :func:`mtp_ext.ops.decode.top_classes`. Without gradients.
+        """
+        with torch.no_grad(), gathered(self._read_alone()):
+            weight = _checked_whole(self.unembedding)
+            best = top_classes(normed, weight if weight.dim() == 2 else weight[k - 1], count)
+        return self._capped(best.logits), best.ids  # the cap grows with the logit: it changes no order
+
+    def _capped(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def run(self, k: int, x: Tensor, context: Any) -> tuple[Tensor, Tensor]:
@@ -143,6 +159,23 @@ class Heads(nn.Module):
     def modules_of(self, k: int) -> list[nn.Module]:
         """Head ``k`` and the modules in it."""
         return list(self.head(k).modules())
+
+    def norm_together(self, wanted: Collection[int], x: Tensor) -> dict[int, Tensor] | None:
+        """The normed outputs ``[B, S, D]`` of heads that are a norm of ``x`` and nothing else, from one read of it.
+
+        None where the heads have to run one by one: they are more than a norm, somebody watches or has changed one of
+        them, or ``x`` is not for the kernel, and reading it once gains nothing.
+        """
+        found = [_only_norm(self.head(k)) for k in sorted(wanted)]
+        norms = [norm for norm in found if norm is not None]
+        if len(norms) < max(2, len(found)) or len({(norm.eps, norm.weight.dtype) for norm in norms}) > 1:
+            return None
+        if not all(rms_norm_uses_kernel(x, norm.weight) for norm in norms):
+            return None
+        assert norms[0].eps is not None
+        outputs = rms_norm_heads(x, torch.stack([norm.weight for norm in norms]), norms[0].eps)
+        assert isinstance(outputs, Tensor), "there is no residual"
+        return dict(zip(sorted(wanted), outputs.unbind(0), strict=True))
 
     def parameters_of(self, k: int) -> list[Tensor]:
         """What head ``k`` reads beside its input, in a fixed order; heads may have parameters in common."""
@@ -274,3 +307,20 @@ def _takes_two(module: nn.Module) -> bool:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
     return len(positional) >= 2 and (positional[1].default is positional[1].empty or positional[1].name == "context")
+
+
+def _only_norm(head: Head) -> RMSNorm | None:
+    """The norm of a head that has nothing else; None also where a hook or another class asks for calls of its own.
+
+    Parametrized and sharded modules are of another class.
+    """
+    norm = head.norm
+    if type(head) is not Head or head.block is not None or type(norm) is not RMSNorm:
+        return None
+    return norm if not _is_watched(head) and not _is_watched(norm) else None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calls of a module run hooks, or a forward that was put in the place of its class's."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__ or module._compiled_call_impl is not None

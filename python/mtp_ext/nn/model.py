@@ -152,18 +152,22 @@ class MTPModel(MultiTokenModel):
         hidden: Tensor = self.trunk(tokens, context=context)
         return hidden
 
-    def next_token_logits(self, tokens: Tensor, cache: KVCache, counts: Sequence[int]) -> Tensor:
-        """Reads tokens into ``cache`` and returns head 1's logits after the last token of each row.
+    def next_token_hidden(self, tokens: Tensor, cache: KVCache, counts: Sequence[int]) -> Tensor:
+        """Reads tokens into ``cache`` and returns head 1's normed output after the last token of each row.
 
         Args:
             tokens: ``[B, S]``, the next tokens of each row, padded on the right.
             cache: The tokens before; advanced by ``counts``.
             counts: How many of the ``S`` tokens of each row are real, at least 1.
         Returns:
-            ``[B, V]``.
+            ``[B, D]``, what :meth:`Heads.logits` and :meth:`Heads.best_classes` take.
         """
         context = self.trunk.context(tokens, cache=cache)
         normed = head_outputs(self.heads, self.trunk(tokens, context=context), context, active=(1,))[1]
         cache.advance(counts)
         last = torch.tensor(counts, device=tokens.device) - 1
-        return self.heads.logits(1, normed[torch.arange(len(counts), device=tokens.device), last])
+        return normed[torch.arange(len(counts), device=tokens.device), last]
+
+    def next_token_logits(self, tokens: Tensor, cache: KVCache, counts: Sequence[int]) -> Tensor:
+        """Head 1's logits ``[B, V]`` of :meth:`next_token_hidden`."""
+        return self.heads.logits(1, self.next_token_hidden(tokens, cache, counts))

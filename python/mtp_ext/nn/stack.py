@@ -26,6 +26,8 @@ class HeadStack(Protocol):
 
     def run_with(self, k: int, parameters: Sequence[Tensor], x: Tensor, context: Any) -> tuple[Tensor, Tensor]: ...
 
+    def norm_together(self, wanted: Collection[int], x: Tensor) -> dict[int, Tensor] | None: ...
+
     def parameters_of(self, k: int) -> list[Tensor]: ...
 
     def modules_of(self, k: int) -> list[nn.Module]: ...
@@ -59,6 +61,10 @@ def head_outputs(
     """
     wanted = range(1, heads.n_heads + 1) if active is None else active
     again = heads.recompute and torch.is_grad_enabled()
+    if not again and not any(k in detach_heads for k in wanted):
+        together = heads.norm_together(wanted, hidden)
+        if together is not None:
+            return together
     outputs: dict[int, Tensor] = {}
     for chain in chains_to_run(heads, wanted):
         x = hidden

@@ -5,19 +5,25 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # Of the decoding kernel (csrc/kernels/decode.h); other calls are a GEMM.
 LARGEST_ROWS = 64
 LARGEST_TOP = 16
+_BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("mtp_ext::_decode", "CUDA")
 
 
 class TopClasses(NamedTuple):
-    """The ``k`` largest logits of each row, largest first, of equals the lowest class; ``ids[:, 0]`` is the argmax."""
+    """The ``k`` largest logits of each row, largest first, of equals the lowest class; ``ids[:, 0]`` is the argmax.
 
-    logits: Tensor  # [R, k] float32
+    Logits are float32, or float64 for float64 inputs; the kernel never rounds them to 16 bits, a GEMM does.
+    """
+
+    logits: Tensor  # [R, k]
     ids: Tensor  # [R, k] int64
-    lse: Tensor  # [R] float32, the log-sum-exp over all classes
+    lse: Tensor  # [R], the log-sum-exp over all classes
 
 
 def top_classes(hidden: Tensor, weight: Tensor, k: int = 1) -> TopClasses:
@@ -27,27 +33,48 @@ def top_classes(hidden: Tensor, weight: Tensor, k: int = 1) -> TopClasses:
         hidden: ``[R, D]``; the rows of ``n`` heads that share the unembedding are rows of one call.
         weight: ``[V, D]``, of ``hidden``'s dtype.
         k: At most ``V``.
+    Returns:
+        :class:`TopClasses`; not differentiable.
     """
-    if k > weight.shape[0]:
-        raise ValueError(f"k must be at most V = {weight.shape[0]}, got {k}")
+    if not 1 <= k <= weight.shape[0]:
+        raise ValueError(f"k must be at least 1 and at most V = {weight.shape[0]}, got {k}")
     if uses_kernel(hidden, weight, k):
-        logits, ids, lse = torch.ops.mtp_ext._decode(hidden.contiguous(), weight.contiguous(), k)
+        logits, ids, lse = torch.ops.mtp_ext._decode(hidden.contiguous(), weight, k)
         return TopClasses(logits, ids.long(), lse)
-    scores = torch.mm(hidden, weight.t()).float()
-    order = scores.sort(dim=-1, descending=True, stable=True)  # stable: topk leaves the order of equals open
-    return TopClasses(order.values[:, :k], order.indices[:, :k], scores.logsumexp(-1))
+    scores = F.linear(hidden, weight)
+    values, classes = _largest(scores, k)
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return TopClasses(values.to(wide), classes, scores.to(wide).logsumexp(-1))
 
 
 def uses_kernel(hidden: Tensor, weight: Tensor, k: int) -> bool:
     """Whether the one-pass kernel takes the call."""
     return (
         hidden.is_cuda
+        and _BUILT
         and hidden.dtype == weight.dtype
-        and hidden.dtype.itemsize == 2
+        and hidden.dtype in (torch.bfloat16, torch.float16)
+        and not isinstance(hidden, DTensor)
+        and not isinstance(weight, DTensor)
+        and weight.device == hidden.device
+        and weight.is_contiguous()
         and hidden.shape[0] <= LARGEST_ROWS
         and k <= LARGEST_TOP
         and hidden.shape[1] % 8 == 0
     )
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of each row and their columns, of equals the lowest column first: ``[R, V] -> 2 x [R, k]``."""
+    if k == 1:
+        best = scores.max(-1, keepdim=True)  # documented: of equals the first
+        return best.values, best.indices
+    if scores.device.type == "cpu":  # elsewhere, looking would be a synchronisation
+        values, classes = scores.topk(min(k + 1, scores.shape[1]))
+        if not (values[:, 1:] == values[:, :-1]).any():  # topk leaves the order of equals open
+            return values[:, :k], classes[:, :k]
+    order = scores.sort(dim=-1, descending=True, stable=True)
+    return order.values[:, :k], order.indices[:, :k]
 
 
 @torch.library.register_fake("mtp_ext::_decode")  # type: ignore[untyped-decorator]

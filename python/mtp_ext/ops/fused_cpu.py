@@ -141,35 +141,12 @@ def _contiguous(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 @torch.library.register_fake("mtp_ext::_fused_loss_")  # type: ignore[untyped-decorator]
-def _(
-    hidden: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    document_ids: Tensor | None,
-    token_weights: Tensor | None,
-    class_weights: Tensor | None,
-    head_weights: Tensor | None,
-    row_scale: Tensor | None,
-    lse_grad: Tensor | None,
-    normalizer: float | None,
-    seq_len: int,
-    first_shift: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    detach_weight: Sequence[int],
-    compute_dtype: torch.dtype,
-    *outputs: object,
-) -> tuple[Tensor | int, ...]:
-    wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    n = len(hidden)
+def _(hidden: Sequence[Tensor], weight: Tensor, *rest: object) -> tuple[Tensor | int, ...]:
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    n, n_rows = len(hidden), hidden[0].shape[0]
 
     def new(*shape: int, dtype: torch.dtype = wide) -> Tensor:
-        return labels.new_empty(shape, dtype=dtype)
+        return weight.new_empty(shape, dtype=dtype)
 
-    table = n * labels.shape[0] * seq_len
-    counts, predicted = new(n, dtype=torch.int64), new(table, dtype=torch.int32)
-    return new(), new(n), counts, new(n), new(table), new(table), predicted, -1
+    tables = new(n * n_rows), new(n * n_rows), new(n * n_rows, dtype=torch.int32)
+    return new(), new(n), new(n, dtype=torch.int64), new(n), *tables, -1

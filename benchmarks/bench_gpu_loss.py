@@ -6,6 +6,7 @@ nothing else. ``python -m benchmarks.bench_gpu_loss --device cuda --rounds 10 --
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 import mtp_ext
-from benchmarks.harness import Case, main
+from benchmarks.case import Case, each
+from benchmarks.harness import main
 
 N_ROWS = 16384
 CHUNKS = (2048, 4096, 8192)
@@ -73,9 +75,8 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         for heads in (1, 4):
             yield from cases_of(64, heads, 32, 1000, device, (16, 32))
         return
-    for width, vocab in SHAPES:
-        for heads in (1, 4):
-            yield from cases_of(N_ROWS, heads, width, vocab, device, CHUNKS)
+    sizes = itertools.product(SHAPES, (1, 4))
+    yield from each(partial(cases_of, N_ROWS, heads, *shape, device, CHUNKS) for shape, heads in sizes)
 
 
 if __name__ == "__main__":

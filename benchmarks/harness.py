@@ -11,91 +11,26 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import itertools
 import json
 import math
 import os
-import random
+import signal
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 
-from benchmarks.machine import describe, gpu_state
+from benchmarks.case import Case, Cases, groups, short
+from benchmarks.machine import describe
+from benchmarks.timing import CutOff, Timings, time_group
 from mtp_ext.ops.allocation import release_workspace
 
-L2_FLUSH_BYTES = 256 << 20  # more than any L2 cache
-
-
-@dataclass(frozen=True)
-class Case:
-    """One implementation at one shape.
-
-    Args:
-        benchmark: What is measured; with ``shape`` it names the group whose cases are compared.
-        impl: The implementation; unique in its group.
-        shape: Sizes and dtypes, for the reader and as part of the key.
-        fn: One call of it. What it returns is dropped after the call, and counts towards its peak memory.
-        flops: Floating-point operations of one call, 0 if it has no use.
-        bytes: Bytes that one call has to move, 0 if it has no use.
-        measure_peak: Whether its memory is of interest; on a CPU that takes two more calls in a process of their own.
-    """
-
-    benchmark: str
-    impl: str
-    shape: Mapping[str, int | str]
-    fn: Callable[[], object]
-    flops: int = 0
-    bytes: int = 0
-    measure_peak: bool = True
-
-    @property
-    def group(self) -> str:
-        return " ".join([self.benchmark, *(f"{name}={value}" for name, value in self.shape.items())])
-
-    @property
-    def key(self) -> str:
-        return f"{self.group} {self.impl}"
-
-
-Cases = Callable[[str, bool], Iterable[Case]]  # (device, quick) -> cases, the cases of a group in a row
-
-
-def time_once(case: Case, device: str) -> float:
-    """Milliseconds of one call: wall clock on the CPU, events after an L2 flush on a GPU."""
-    if device == "cpu":
-        start = time.perf_counter()
-        case.fn()
-        return 1e3 * (time.perf_counter() - start)
-    torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    case.fn()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
-
-
-def time_group(cases: list[Case], device: str, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds per implementation and round, the first round (a warm-up) dropped unless time allows no other.
-
-    Every round has an order of its own, the same in every run: what a case leaves behind (caches, freed pages) must not
-    always meet the same next one.
-    """
-    times: dict[str, list[float]] = {case.impl: [] for case in cases}
-    order, start = random.Random(0), time.perf_counter()
-    for round_index in range(rounds + 1):
-        if round_index > 0 and time.perf_counter() - start > seconds:
-            break
-        for case in order.sample(cases, len(cases)):
-            times[case.impl].append(time_once(case, device))
-    return {impl: values[1:] or values for impl, values in times.items()}
+__all__ = ["Case", "Cases", "main", "write_atomically"]
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -106,22 +41,33 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(values), fifths[3]
 
 
-def row(case: Case, times: Mapping[str, list[float]], baseline: str | None, peak: int | None) -> dict[str, Any]:
-    """One line of the result. ``baseline_ratio`` is baseline time / own time: 1 is as fast, 0.5 takes twice as long."""
+def row(case: Case, timings: Timings, baseline: str | None, peak: int | None) -> dict[str, Any]:
+    """One line of the result. ``baseline_ratio`` is baseline time / own time: 1 is as fast, 0.5 takes twice as long.
+
+    A case that failed, or was cut off before a timed round, has an ``error`` in place of times.
+    """
     result: dict[str, Any] = {"benchmark": case.benchmark, "impl": case.impl, **case.shape}
-    p20, median, p80 = spread(times[case.impl])
-    result |= {"ms_p20": round(p20, 4), "ms_median": round(median, 4), "ms_p80": round(p80, 4)}
-    result |= {"rounds": len(times[case.impl])}
-    if baseline is not None and baseline in times:
-        ratios = [b / own for b, own in zip(times[baseline], times[case.impl], strict=True)]
-        low, middle, high = spread(ratios)
+    own = timings.milliseconds[case.impl]
+    if not own:
+        return result | {
+            "error": timings.errors.get(case.impl, "cut off before a timed round"),
+            "peak_extra_bytes": None,
+        }
+    p20, median, p80 = spread(own)
+    result |= {"ms_p20": round(p20, 5), "ms_median": round(median, 5), "ms_p80": round(p80, 5), "rounds": len(own)}
+    if case.impl in timings.methods:
+        result["timed"] = timings.methods[case.impl]
+    reference = timings.milliseconds.get(baseline or "", [])
+    if reference:
+        # a round that was cut off has no value of the cases that were still to come
+        low, middle, high = spread([b / mine for b, mine in zip(reference, own, strict=False)])
         result |= {"baseline": baseline, "baseline_ratio": round(middle, 4)}
         result |= {"ratio_p20": round(low, 4), "ratio_p80": round(high, 4)}
     if case.flops:
         result["gflop_per_s"] = round(case.flops / median / 1e6, 2)
     if case.bytes:
-        result["gb_per_s"] = round(case.bytes / median / 1e6, 2)
-    return result | {"peak_extra_bytes": peak}
+        result |= {"bytes": case.bytes, "gb_per_s": round(case.bytes / median / 1e6, 2)}
+    return result | {"peak_extra_bytes": peak} | ({"gpu": timings.gpu} if timings.gpu is not None else {})
 
 
 def peak_on_gpu(case: Case) -> int:
@@ -152,11 +98,12 @@ def peak_here(case: Case) -> int:
     return max(0, _resident_bytes("VmHWM") - before)
 
 
-def peak_on_cpu(case: Case, module: str, quick: bool) -> int | None:
+def peak_on_cpu(case: Case, quick: bool) -> int | None:
     """:func:`peak_here` in a fresh process, whose allocator gives every large block back at once; Linux only."""
-    if not Path("/proc/self/clear_refs").exists():
+    module = sys.modules["__main__"].__spec__
+    if module is None or not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, "-m", module, "--device", "cpu", "--threads", str(torch.get_num_threads())]
+    command = [sys.executable, "-m", module.name, "--device", "cpu", "--threads", str(torch.get_num_threads())]
     command += ["--peak-of", case.key, *["--quick"] * quick]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
@@ -172,9 +119,12 @@ def write_atomically(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def show(result: Mapping[str, Any]) -> None:
+    if "error" in result:
+        print(f"  {result['impl']:24s} {result['error']}", flush=True)
+        return
     ratio = f"{result['baseline_ratio']:6.3f} of {result['baseline']}" if "baseline_ratio" in result else ""
     peak = f"{result['peak_extra_bytes'] / 2**20:9.1f} MiB extra" if result["peak_extra_bytes"] is not None else ""
-    print(f"  {result['impl']:24s} {result['ms_median']:10.2f} ms  {ratio}  {peak}", flush=True)
+    print(f"  {result['impl']:24s} {result['ms_median']:10.3f} ms  {ratio}  {peak}", flush=True)
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -190,18 +140,89 @@ def arguments(description: str | None) -> argparse.Namespace:
         "--seconds", type=float, default=math.inf, help="begin no further round of a group after this time"
     )
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
-    parser.add_argument("--out", type=Path, help="the JSON file, rewritten after every group")
+    parser.add_argument("--out", type=Path, help="the JSON file, rewritten after every case")
     parser.add_argument("--peak-of", metavar="KEY", help=argparse.SUPPRESS)  # how this module calls itself
     return parser.parse_args()
 
 
-def main(cases: Cases, *, baseline: str | None = None, description: str | None = None) -> None:
+class Recorder:
+    """The file of a run: rows as they come, each in the file at once."""
+
+    def __init__(self, out: Path | None, env: dict[str, Any]) -> None:
+        self.out, self.env, self.rows = out, env, list[dict[str, Any]]()
+        self.n_failed = 0
+
+    def add(self, result: dict[str, Any]) -> None:
+        self.rows.append(result)
+        self.n_failed += any(key.startswith("error") for key in result)
+        show(result)
+        if self.out is not None:
+            write_atomically(self.out, {"env": self.env, "rows": self.rows})
+
+
+def more_of(case: Case, device: str, quick: bool) -> dict[str, Any]:
+    """What is asked of a case after the timing: its peak memory and its facts, or why there are none."""
+    more: dict[str, Any] = {}
+    if case.measure_peak:
+        try:
+            more["peak_extra_bytes"] = peak_on_gpu(case) if device == "cuda" else peak_on_cpu(case, quick)
+        except Exception as error:
+            more |= {"peak_extra_bytes": None, "error_of_peak": short(error)}
+    if case.facts is not None:
+        try:
+            more |= case.facts()
+        except Exception as error:
+            more["error_of_facts"] = short(error)
+    return more
+
+
+def record_group(group: list[Case], args: argparse.Namespace, baselines: Sequence[str], recorder: Recorder) -> None:
+    """Measures a group and records a row of each case, also if it is cut off: then without memory and facts.
+
+    Raises:
+        CutOff: After the rows are written.
+    """
+    names = [case.impl for case in group]
+    if len(set(names)) != len(names):
+        raise ValueError(f"group '{group[0].group}' has two cases of one name: {names}")
+    print(group[0].group, flush=True)
+    rounds = args.rounds or (2 if args.quick else 10 if args.device == "cpu" else 50)
+    timings = time_group(group, args.device, rounds, args.seconds)
+    baseline = next((name for name in baselines if name in names), None)
+    for case in group:
+        more: dict[str, Any] = {}
+        if not timings.cut_off and timings.milliseconds[case.impl]:
+            try:
+                more = more_of(case, args.device, args.quick)
+            except CutOff:
+                timings.cut_off = True
+        recorder.add(row(case, timings, baseline, None) | more)
+    if timings.cut_off:
+        raise CutOff
+
+
+def _cut_off(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows is the writing
+    raise CutOff
+
+
+def main(
+    cases: Cases,
+    *,
+    baseline: str | Sequence[str] = (),
+    description: str | None = None,
+    facts: Callable[[], Mapping[str, Any]] | None = None,
+) -> None:
     """Runs a benchmark module's command line.
+
+    A case that fails is a row with an ``error``, and the next one runs; SIGTERM writes what was measured. Either makes
+    the exit status 1.
 
     Args:
         cases: Called with the device and whether to be quick; inputs are made from a fixed seed.
-        baseline: The implementation that ratios are taken to, where a group has it.
+        baseline: The implementation that ratios are taken to, where a group has it; of several the first.
         description: Shown by ``--help``.
+        facts: More fields of the file's ``env``.
     Raises:
         ValueError: Two cases of a group have one name.
     """
@@ -213,21 +234,12 @@ def main(cases: Cases, *, baseline: str | None = None, description: str | None =
     if args.peak_of is not None:
         print(peak_here(next(case for case in every if case.key == args.peak_of)))
         return
-    rounds = args.rounds or (2 if args.quick else 10 if args.device == "cpu" else 50)
-    module = sys.modules["__main__"].__spec__
-    document: dict[str, Any] = {"env": describe(args.device), "rows": []}
-    for name, members in itertools.groupby(every, key=lambda case: case.group):
-        group = list(members)
-        if len({case.impl for case in group}) != len(group):
-            raise ValueError(f"group '{name}' has two cases of one name: {[case.impl for case in group]}")
-        print(name, flush=True)
-        times = time_group(group, args.device, rounds, args.seconds)
-        on_gpu = args.device == "cuda"
-        for case in group:
-            peak: int | None = None
-            if case.measure_peak:
-                peak = peak_on_gpu(case) if on_gpu else peak_on_cpu(case, module.name, args.quick) if module else None
-            document["rows"].append(row(case, times, baseline, peak) | ({"gpu": gpu_state()} if on_gpu else {}))
-            show(document["rows"][-1])
-            if args.out is not None:
-                write_atomically(args.out, document)
+    recorder = Recorder(args.out, describe(args.device) | (dict(facts()) if facts is not None else {}))
+    signal.signal(signal.SIGTERM, _cut_off)
+    try:
+        for group in groups(every):
+            record_group(group, args, [baseline] if isinstance(baseline, str) else baseline, recorder)
+    except CutOff:
+        sys.exit("cut off: the rest is not measured")
+    if recorder.n_failed:
+        sys.exit(f"{recorder.n_failed} cases failed")

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import nvml
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -22,8 +24,7 @@ def describe(device: str) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": _git("status", "--porcelain", "--untracked-files=no") != "",
+        **source(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
@@ -36,24 +37,29 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def gpu_state() -> dict[str, Any]:
-    """Name, driver, clocks (MHz) and throttle reasons of the current CUDA device; no clocks without nvidia-ml-py."""
+    """Name, memory, driver and, through NVML, what the current CUDA device tells now; ``note`` says why it does not."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    state: dict[str, Any] = {"name": properties.name, "memory_bytes": properties.total_memory}
+    state: dict[str, Any] = {"name": properties.name, "memory_bytes": properties.total_memory, "driver": None}
     try:
-        import pynvml
-    except ImportError:
-        return state | {"note": "no clocks: install nvidia-ml-py"}
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-        return state | {
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "throttle_reasons": hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
-        }
-    except pynvml.NVMLError as error:
-        return state | {"note": f"no clocks: {error}"}
+        device = nvml.Device()
+    except nvml.UnavailableError as reason:
+        return state | {"note": str(reason)}
+    reading: dict[str, Any] = device.read()
+    throttle = nvml.reasons(reading.pop("throttle_bits"))
+    return state | reading | {"driver": device.driver, "throttle_reasons": throttle}
+
+
+def source() -> dict[str, Any]:
+    """The commit, and whether the tree differs from it; None where nothing tells.
+
+    ``MTP_COMMIT`` and ``MTP_DIRTY`` ("0": no) of the environment come first, for a copy of the tree without its .git.
+    """
+    commit = os.environ.get("MTP_COMMIT")
+    if commit:
+        dirty = os.environ.get("MTP_DIRTY")
+        return {"commit": commit, "dirty": dirty != "0" if dirty else None}
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else changes != ""}
 
 
 def _module_name() -> str:

@@ -1,54 +1,76 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in at most nine minutes: builds for this device, runs the checks of tests/gpu, runs
-# the short ones again under compute-sanitizer, then the benchmarks. From a bare checkout with torch, nvcc, ninja and
-# pybind11, without a network:
-#   OUT=results bash benchmarks/on_gpu.sh
-# Results are JSON in $OUT, each rewritten as it grows, so that a run that is cut off leaves what it found. Exits with 1
-# if a check failed; a stage that the time does not suffice for is named.
+# Everything that only a GPU can tell, in at most nine minutes: builds for this device, runs the checks of tests/gpu, then
+# the benchmarks, the scarcest figures first, and last the short checks again under compute-sanitizer. From a bare checkout
+# with torch, nvcc, ninja and pybind11, without a network:
+#   MTP_COMMIT=$(git rev-parse HEAD) MTP_DIRTY=0 OUT=results bash benchmarks/on_gpu.sh
+# MTP_COMMIT and MTP_DIRTY (0: as committed, else changed) go into every result; a checkout with its .git needs neither.
+# $OUT gets five plain files and no link: log.txt (every stage under a heading, and how it ended) and the JSON of the checks
+# and of each benchmark, rewritten as they grow, so that a run that is cut off leaves what it found. Exits with 1 if a stage
+# failed or the checks did not end; a stage that the time does not suffice for is named.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${OUT:-build/on_gpu} limit=${MTP_ON_GPU_SECONDS:-530} python=${PYTHON:-python3} status=0
+cd "$(dirname "$0")/.." || exit 1
+out=${OUT:-build/on_gpu} limit=${MTP_ON_GPU_SECONDS:-530} python=${PYTHON:-python3} status=0 ends=""
 mkdir -p "$out"
-left() { echo $((limit - SECONDS)); }
+log=$out/log.txt
+: >"$log"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 
-stage() { # stage NAME MOST_SECONDS COMMAND...: its output goes to $out/NAME.log, its end to $out/stages.txt
-  local name=$1 most=$2 start=$SECONDS rc=0
+note() { # into the log, onto the terminal, and into the summary at the end
+  echo "$1" | tee -a "$log"
+  ends+="$1"$'\n'
+}
+
+stage() { # stage NAME MOST_SECONDS COMMAND...: 0, the command's exit status, or 124 where the time did not suffice
+  local name=$1 most=$2 start=$SECONDS left=$((limit - SECONDS)) rc=0
   shift 2
-  [ "$(left)" -lt "$most" ] && most=$(left)
+  [ "$left" -lt "$most" ] && most=$left
   if [ "$most" -le 5 ]; then
-    echo "$name: no time left" | tee -a "$out/stages.txt"
-    return 1
+    note "$name: no time left"
+    return 124
   fi
-  timeout "$most" "$@" >"$out/$name.log" 2>&1 || rc=$?
-  echo "$name: exit $rc after $((SECONDS - start)) s" | tee -a "$out/stages.txt"
-  [ "$rc" -eq 0 ] || { tail -n 15 "$out/$name.log"; status=1; }
+  printf '\n== %s, at most %d s: %s\n' "$name" "$most" "$*" >>"$log"
+  timeout --kill-after=10 "$most" "$@" >>"$log" 2>&1 || rc=$?
+  case $rc in
+    0) note "$name: passed after $((SECONDS - start)) s" ;;
+    124 | 137)
+      note "$name: cut off after $((SECONDS - start)) s"
+      rc=124
+      ;;
+    *)
+      tail -n 15 "$log"
+      note "$name: exit $rc after $((SECONDS - start)) s"
+      status=1
+      ;;
+  esac
   return "$rc"
 }
 
-: >"$out/stages.txt"
 capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || {
-  echo "no CUDA device that torch can use"
+  note "no CUDA device that torch can use"
   exit 1
 }
 # torch brings a copy of the module `packaging`, which setup.py needs, where the machine has none.
 if ! "$python" -c 'import packaging.version' 2>/dev/null; then
-  mkdir -p "$out/modules"
-  ln -sfn "$("$python" -c 'import torch._vendor.packaging as p; print(list(p.__path__)[0])')" "$out/modules/packaging"
-  PYTHONPATH=$(realpath "$out/modules"):${PYTHONPATH:-}
+  ln -s "$("$python" -c 'import torch._vendor.packaging as p; print(list(p.__path__)[0])')" "$scratch/packaging"
+  PYTHONPATH=$scratch:${PYTHONPATH:-}
 fi
-export PYTHONPATH=python:.:${PYTHONPATH:-} MTP_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export PYTHONPATH=python:.:${PYTHONPATH:-} PYTHONUNBUFFERED=1 MTP_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability
+export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 
+# The caps add up to less than the limit without the sanitizers, which share what is left.
 stage build 150 "$python" setup.py build_ext --inplace || exit 1
-stage checks 150 "$python" -m tests.gpu.run --out "$out/checks.json"
-stage bench_row_pass 60 "$python" -m benchmarks.bench_row_pass --device cuda --rounds 20 --out "$out/row_pass.json"
+stage checks 70 "$python" -m tests.gpu.run --out "$out/checks.json" || status=1
+stage gpu_loss 150 "$python" -m benchmarks.bench_gpu_loss --device cuda --rounds 10 --out "$out/gpu_loss.json"
+stage row_pass 60 "$python" -m benchmarks.bench_row_pass --device cuda --rounds 20 --out "$out/row_pass.json"
+stage step_memory 40 "$python" -m benchmarks.bench_step_memory --device cuda --rounds 10 --out "$out/step_memory.json"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m tests.gpu.run --small --out "$out/$tool.json"
+      "$python" -m tests.gpu.run --small --out "$scratch/$tool.json"
   done
 else
-  echo "compute-sanitizer: not on this machine" | tee -a "$out/stages.txt"
+  note "compute-sanitizer: not on this machine"
 fi
-stage bench_gpu_loss 400 "$python" -m benchmarks.bench_gpu_loss --device cuda --rounds 10 --out "$out/gpu_loss.json"
-cat "$out/stages.txt"
+printf '\n== in short\n%s' "$ends" | tee -a "$log"
 exit "$status"

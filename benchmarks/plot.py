@@ -9,8 +9,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.gpu_sections import gpu_loss_section, peers_section, row_pass_section
 from benchmarks.loss_sections import errors_section, loss_section, options_section, sweep_section
-from benchmarks.tables import DOCS, RESULTS, Row, load, machine, table, with_mebibytes
+from benchmarks.tables import DOCS, RESULTS, Row, load, machine, on_gpu, table, with_mebibytes
 from benchmarks.variant_sections import training_section, variants_section
 
 HEADER = """# Performance
@@ -30,8 +31,10 @@ def memory_picture(rows: list[Row], target: Path) -> None:
         "sequential": "sequential, fused loss",
     }
     for schedule, label in labels.items():
-        points = sorted((r["n"], r["peak_extra_bytes"] / 2**20) for r in rows if r["impl"] == schedule)
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+        found = [r for r in rows if r["impl"] == schedule and r["peak_extra_bytes"] is not None]
+        points = sorted((r["n"], r["peak_extra_bytes"] / 2**20) for r in found)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=label)
     shape = rows[0]
     axes.set_xlabel("predicted tokens n")
     axes.set_ylabel("peak memory of one step, MiB")
@@ -50,8 +53,8 @@ def memory_section(path: Path) -> str:
     memory_picture(rows, picture)
     columns = {"n": "n", "impl": "schedule", "ms_median": "ms", "extra_mib": "extra MiB"}
     return (
-        f"\n## Memory of a training step\n\n{machine(env, path)}\n![Peak memory against n]({picture.name})\n\n"
-        + table(columns, map(with_mebibytes, rows))
+        f"\n## Memory of a training step{on_gpu(env)}\n\n{machine(env, path)}\n"
+        f"![Peak memory against n]({picture.name})\n\n" + table(columns, map(with_mebibytes, rows))
     )
 
 
@@ -63,6 +66,9 @@ SECTIONS = {
     "step_memory": memory_section,
     "variants": variants_section,
     "train_variants": training_section,
+    "gpu_loss": gpu_loss_section,
+    "gpu_peers": peers_section,
+    "row_pass": row_pass_section,
 }
 
 

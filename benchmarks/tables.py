@@ -32,6 +32,15 @@ def with_mebibytes(row: Row) -> Row:
 
 
 def machine(env: dict[str, Any], path: Path) -> str:
-    device = env.get("gpu", {}).get("name") if env.get("gpu") else env.get("cpu")
-    where = f"{device}, {env.get('threads')} threads, torch {env.get('torch')}, commit {str(env.get('commit'))[:10]}"
+    gpu = env.get("gpu")
+    device = f"{env.get('cpu')}, {env.get('threads')} threads"
+    if gpu:
+        device = f"{gpu.get('name')}, driver {gpu.get('driver') or 'unknown'}, CUDA {env.get('torch_cuda')}"
+    changed = ", with uncommitted changes" if env.get("dirty") else ""
+    where = f"{device}, torch {env.get('torch')}, commit {str(env.get('commit'))[:10]}{changed}"
     return f"Measured on {where} ([JSON](../{path.relative_to(DOCS.parent)})).\n"
+
+
+def on_gpu(env: dict[str, Any]) -> str:
+    """What a heading says of a result of a GPU."""
+    return f" on {env['gpu'].get('name')}" if env.get("gpu") else ""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from benchmarks.tables import DOCS, Row, load, machine, table
+from benchmarks.tables import DOCS, Row, load, machine, on_gpu, table
 
 MEBIBYTE = 2**20
 STYLES = {
@@ -95,7 +95,7 @@ def variants_section(path: Path) -> str:
     heads = {str(n): f"n = {n}" for n in sizes}
     names = {"variant": "variant", "impl": "schedule"}
     return (
-        f"\n## The architectures: memory of a training step\n\n{machine(env, path)}\n"
+        f"\n## The architectures: memory of a training step{on_gpu(env)}\n\n{machine(env, path)}\n"
         f"B·S = {shape['B'] * shape['S']}, D = {shape['D']}, V = {shape['V']}, float32. MiB that a step adds to what "
         "was there before it (of which the gradients of the step before are freed). One hidden state of all positions, "
         f"B·S·D, is {state:.2f} MiB; the logits of one head, B·S·V, are {logits:.0f} MiB.\n\n"

@@ -50,6 +50,7 @@ BOTH: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "z-loss": ({"z_loss": -1.0}, ValueError, "z_loss must be finite and not negative, got -1.0"),
     "softcap": ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, or None, got 0.0"),
     "softcap of text": ({"softcap": "30"}, TypeError, "softcap must be a number or None"),
+    "a truth for a number": ({"logit_scale": True}, TypeError, "logit_scale must be a number, got"),
     "scale": ({"logit_scale": float("nan")}, ValueError, "logit_scale must be finite, got nan"),
     "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum, none, got 'avg'"),
     "chunk of nothing": ({"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1, got 0"),

@@ -75,10 +75,12 @@ def linear_cross_entropy(
     Reference: :func:`torch.nn.functional.cross_entropy` of :func:`torch.nn.functional.linear`.
     """
     absent = (bias, class_weights, token_weights, softcap, chunk_rows, workspace_bytes, grad_weight_out, group)
-    numbers_off = (label_smoothing, z_loss, logit_scale, return_lse) == (0.0, 0.0, 1.0, False)
+    numbers = (label_smoothing, z_loss, logit_scale)
     if (
-        numbers_off
-        and all(x is None for x in absent)
+        all(x is None for x in absent)
+        and numbers == (0.0, 0.0, 1.0)
+        and bool not in map(type, numbers)  # True == 1.0, and no number
+        and return_lse is False
         and plain_call.takes(hidden, weight, targets, ignore_index, reduction)
     ):
         return plain_call.plain_loss(hidden, weight, targets, ignore_index, reduction)

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtp_ext.ops import decode
-from mtp_ext.ops.decode import top_classes, uses_kernel
+from mtp_ext.ops.decode import largest_logits, top_classes, uses_kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -19,6 +19,8 @@ def test_top_classes_are_those_of_the_logits(k: int, dtype: torch.dtype) -> None
     assert torch.equal(best.ids, logits.topk(k).indices)
     torch.testing.assert_close(best.logits, logits.topk(k).values)
     torch.testing.assert_close(best.lse, logits.logsumexp(-1))
+    values, classes = largest_logits(hidden, weight, k)
+    assert torch.equal(values, best.logits) and torch.equal(classes, best.ids)
 
 
 def test_logits_that_float32_would_make_equal() -> None:

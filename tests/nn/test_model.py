@@ -264,6 +264,7 @@ def test_int32_tokens(make_model: Make, make_batch: Make) -> None:
         ({"head_weights": [1.0]}, ValueError, "head_weights must hold n = 3 numbers, got 1"),
         ({"normalizer": "all"}, ValueError, "normalizer must be 'per_head'"),
         ({"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1"),
+        ({"max_valid": [24, 24, 23]}, ValueError, "max_valid must be at least .* got 23 for the 24 of head 3"),
         ({"schedule": "serial"}, ValueError, "schedule must be 'sequential', 'joint' or 'autograd', got 'serial'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,8 @@ DIFFERENTIABLE = ("hidden", "weight", "bias", "head_weights")
 FLOATING = (*DIFFERENTIABLE, "class_weights", "token_weights", "normalizer")
 OF_CLASSES = ("weight", "bias", "class_weights")  # what a vocabulary shard holds a part of
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Arguments that bound memory and leave the value alone; the reference does not have them.
-CHUNKING = ("chunk_rows", "workspace_bytes")
+# Arguments that bound memory or work and leave the value alone; the reference does not have them.
+BOUNDS = ("chunk_rows", "workspace_bytes", "max_valid")
 
 
 @dataclass
@@ -106,6 +107,10 @@ def calls(draw: st.DrawFn) -> Call:
         draw_head_arguments(draw, g, tensors, options, n)
     else:
         options["return_lse"] = draw(st.booleans())
+    if draw(st.booleans()):
+        counts = valid_counts(tensors, options["ignore_index"], n, seq, first_shift=int(heads))
+        counts = [count + draw(st.sampled_from([0, 1, 100])) for count in counts]
+        options["max_valid"] = counts if heads else counts[0]
     wanted = draw(st.sets(st.sampled_from(DIFFERENTIABLE), min_size=1))
     return Call(
         dtype,
@@ -152,6 +157,23 @@ def draw_head_arguments(
     options["detach_weight"] = draw(st.sampled_from([(), (), (1,), (n,)]))
 
 
+def valid_counts(
+    tensors: dict[str, Tensor], ignore_index: int, n_heads: int, seq_len: int, first_shift: int
+) -> list[int]:
+    """How many targets of each head count, one by one."""
+    labels = tensors["labels"]
+    counts = [0] * n_heads
+    for k, b, s in itertools.product(range(n_heads), range(len(labels)), range(seq_len)):
+        j = s + first_shift + k
+        if j >= labels.shape[1] or labels[b, j] == ignore_index:
+            continue
+        if "token_weights" in tensors and tensors["token_weights"][b, j] == 0:
+            continue
+        ids = tensors.get("document_ids")
+        counts[k] += ids is None or bool(ids[b, s] == ids[b, j])
+    return counts
+
+
 @dataclass
 class Shard:
     """The classes that a rank holds of a vocabulary sharded over ``group``."""
@@ -181,7 +203,7 @@ def arguments(call: Call, dtype: torch.dtype, *, ours: bool, shard: Shard | None
         made["targets"] = made.pop("labels")
     options = dict(call.options)
     if not ours:
-        for name in CHUNKING:
+        for name in BOUNDS:
             options.pop(name, None)
     if shard is not None:
         options["group"] = shard.group

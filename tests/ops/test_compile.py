@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,6 +63,24 @@ def test_compile_full_graph(function: Callable[..., Tensor], backend: str) -> No
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
 
 
+def test_a_dynamic_graph_is_compiled_once_for_all_sizes() -> None:
+    counter = CompileCounter()  # type: ignore[no-untyped-call]
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def function(hidden: Tensor, weight: Tensor, labels: Tensor, max_valid: int) -> Tensor:
+        both = multi_token_cross_entropy(hidden, weight, labels, max_valid=max_valid, chunk_rows=max_valid).loss
+        return both + row_loss(hidden[0].flatten(0, 1), weight, labels[:, : hidden.shape[2]].flatten())
+
+    def row_loss(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        loss = linear_cross_entropy(rows, weight, targets)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    for batch, seq in ((3, 5), (3, 9), (4, 12), (2, 17)):
+        function(*make(2, batch, seq), batch * seq).backward()
+    assert counter.frame_count == 1
+
+
 def test_compile_with_a_gradient_buffer() -> None:
     hidden, weight, labels = make(2, 3, 5)
 
@@ -95,7 +114,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     hidden, weight, labels = (x.detach() for x in make(2, 3, 5))
     bias, table = torch.randn(V), torch.rand(2, 3, 5)
     row = RowArguments(bias, None, torch.rand(labels.shape), -100, "mean", 0.1, 1e-3, 5.0, 1.0, 4, None, None, None)
-    call = LossCall(labels, 5, 2, 1, row, torch.float32, detach_weight=frozenset({2}))
+    call = LossCall(labels, 5, 2, 1, row, torch.float32, detach_weight=frozenset({2}), max_valid=[15, 14])
     options, needs = call.options(), {"need_hidden": True, "need_weight": True, "need_bias": True}
     operands = ([hidden], weight, bias, *call.tensors())
     ops = torch.ops.mtp_ext

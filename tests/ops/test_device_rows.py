@@ -7,7 +7,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mtp_ext.ops import checks, device_rows, fused_cpu, linear_cross_entropy, multi_token_cross_entropy, row_loop
+from mtp_ext.ops import (
+    checks,
+    device_rows,
+    fused_cpu,
+    linear_cross_entropy,
+    multi_token_cross_entropy,
+    row_loop,
+    row_selection,
+)
 from mtp_ext.ops.head_loss import HeadLossAccumulator
 from tests.ops.cases import Call, assert_no_worse_than_eager, calls
 
@@ -17,7 +25,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture
 def rows_stay_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, rows are marked as they are on a GPU."""
-    monkeypatch.setattr(row_loop, "counts_stay_on", lambda device: True)
+    for module in (row_loop, row_selection):
+        monkeypatch.setattr(module, "counts_stay_on", lambda device: True)
     monkeypatch.setattr(fused_cpu, "takes", lambda weight, group_name: False)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import mtp_ext
 
-PUBLIC = ("linear_cross_entropy", "multi_token_cross_entropy", "debug_checks", "release_workspace")
+PUBLIC = ("linear_cross_entropy", "multi_token_cross_entropy", "count_targets", "debug_checks", "release_workspace")
 
 
 def module_of(name: str) -> ModuleType:

@@ -61,6 +61,7 @@ class MultiTokenModel(nn.Module):
         detach_weight: Collection[int] = (),
         chunk_rows: int | None = None,
         workspace_bytes: int | None = None,
+        max_valid: int | Sequence[int] | None = None,
     ) -> MultiTokenLoss | Tensor:
         """The loss of all heads, or the next token's logits.
 
@@ -75,7 +76,7 @@ class MultiTokenModel(nn.Module):
                 (fastest for small batches) or ``"autograd"`` (plain torch with full logits). One loss, one gradient.
             detach_heads: 1-based heads that learn but send no gradient to what they read (the trunk, or the head before
                 in a chained variant).
-            normalizer, ignore_index, detach_weight, chunk_rows, workspace_bytes: See
+            normalizer, ignore_index, detach_weight, chunk_rows, workspace_bytes, max_valid: See
                 :func:`mtp_ext.multi_token_cross_entropy`.
         Returns:
             With ``labels``, :class:`MultiTokenLoss`; only its ``loss`` is differentiable, once. Without, head 1's
@@ -103,6 +104,7 @@ class MultiTokenModel(nn.Module):
             detach_weight=detach_weight,
             chunk_rows=chunk_rows,
             workspace_bytes=workspace_bytes,
+            max_valid=max_valid,
         )
         context = self.with_tokens_ahead(context, tokens, labels)
         return self.heads.loss(self.run_trunk(tokens, document_ids, context), targets, context, schedule)

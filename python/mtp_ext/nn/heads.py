@@ -222,6 +222,7 @@ class Heads(nn.Module):
         detach_weight: Collection[int] = (),
         chunk_rows: int | None = None,
         workspace_bytes: int | None = None,
+        max_valid: int | Sequence[int] | None = None,
     ) -> MultiTokenLoss:
         """The loss of all heads on the trunk's output; see :meth:`mtp_ext.nn.MTPModel.forward`.
 
@@ -245,6 +246,7 @@ class Heads(nn.Module):
             detach_weight=detach_weight,
             chunk_rows=chunk_rows,
             workspace_bytes=workspace_bytes,
+            max_valid=max_valid,
         )
         seen = None if document_ids is None else document_ids[:, : hidden.shape[1]]
         return self.loss(hidden, targets, self.context(hidden, labels, seen), schedule)

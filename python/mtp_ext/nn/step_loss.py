@@ -82,6 +82,7 @@ class ManyRowsLoss:
             need_grad_hidden=need_grad_hidden,
             need_grad_weight=need_grad_weight,
             compute_dtype=autocast_dtype(hidden) or hidden.dtype,
+            max_valid=targets.max_valid,
             **targets.of_the_loss(),
             **targets.of_the_chunks(),
         )
@@ -164,8 +165,7 @@ class OneRowLoss:
 
     def _check(self, targets: Targets, vocab_size: int) -> Tensor:
         """The number of targets of each head; raises ValueError for a label that is no class."""
-        ids = None if targets.document_ids is None else targets.document_ids.contiguous()
-        rows = RowTargets(targets.labels.contiguous(), ids, None, self._seq_len, 1)
+        rows = RowTargets.of(targets.labels, targets.document_ids, None, self._seq_len, 1)
         ignored = targets.ignore_index
         _, n_valid, first_invalid = select_rows(rows, self._n_heads, ignore_index=ignored, vocab_size=vocab_size)
         check_targets_in_range(targets.labels, first_invalid, vocab_size, ignored)

@@ -26,6 +26,7 @@ class Targets:
     detach_weight: frozenset[int]
     chunk_rows: int | None
     workspace_bytes: int | None
+    max_valid: list[int] | None  # [n]
 
     @staticmethod
     def checked(
@@ -43,6 +44,7 @@ class Targets:
         detach_weight: Collection[int] = (),
         chunk_rows: int | None = None,
         workspace_bytes: int | None = None,
+        max_valid: int | Sequence[int] | None = None,
     ) -> Targets:
         """Raises TypeError or ValueError for the first wrong argument, before any work."""
         checks.check_tensor("labels", labels, dtypes=checks.INDEX_DTYPES, shape="[B, S']", device=device)
@@ -51,11 +53,7 @@ class Targets:
                 f"labels must be [B, S'] with B = {batch} and S' >= S = {seq_len} (unshifted; S + n loses no target), "
                 f"got {checks.describe(labels)}"
             )
-        if document_ids is not None:
-            checks.check_tensor(
-                "document_ids", document_ids, dtypes=checks.INDEX_DTYPES, shape="[B, S']", device=device
-            )
-            checks.check_shape("document_ids", document_ids, labels.shape, "[B, S'] of labels")
+        checks.check_like_labels(labels, document_ids, None)
         checks.check_positive_int("chunk_rows", chunk_rows)
         checks.check_positive_int("workspace_bytes", workspace_bytes)
         weights = checks.checked_head_weights(head_weights, n_heads, device)
@@ -70,6 +68,7 @@ class Targets:
             checks.checked_heads("detach_weight", detach_weight, n_heads),
             chunk_rows,
             workspace_bytes,
+            checks.checked_max_valid(max_valid, n_heads),
         )
 
     def of_the_loss(self) -> dict[str, Any]:

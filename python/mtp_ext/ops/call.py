@@ -57,6 +57,7 @@ class LossCall:
     normalizer: str | float | Tensor = "per_head"
     document_ids: Tensor | None = None
     detach_weight: frozenset[int] = field(default_factory=frozenset)
+    max_valid: list[int] | None = None  # [n]
     with_metrics: bool = True  # top-1 and accept length
 
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -79,6 +80,7 @@ class LossCall:
             "compute_dtype": self.compute_dtype,
             "chunk_rows": row.chunk_rows,
             "workspace_bytes": row.workspace_bytes,
+            "max_valid": self.max_valid,
             "group_name": None if row.group is None else row.group.group_name,
         }
 

@@ -61,6 +61,15 @@ def check_vector(
     check_shape(name, x, [size], f"[{meaning}]")
 
 
+def check_like_labels(labels: Tensor, document_ids: Tensor | None, token_weights: Tensor | None) -> None:
+    """What holds a value for each label."""
+    optional = (("document_ids", document_ids, INDEX_DTYPES), ("token_weights", token_weights, FLOAT_DTYPES))
+    for name, x, dtypes in optional:
+        if x is not None:
+            check_tensor(name, x, dtypes=dtypes, shape="[B, S']", device=labels.device)
+            check_shape(name, x, labels.shape, "[B, S'] of labels")
+
+
 def check_int(name: str, x: object, or_none: str = "") -> None:
     """Raises TypeError unless ``x`` is an int."""
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
@@ -151,6 +160,17 @@ def check_first_invalid(at: int, labels: Tensor, vocab_size: int, ignore_index: 
         )
 
 
+def check_max_valid(n_valid: Tensor, max_valid: Sequence[int] | None) -> None:
+    """Raises ValueError where a head has more targets than it was said to: on the CPU, or in debug mode."""
+    if max_valid is None or not (n_valid.device.type == "cpu" or debug_checks_enabled()):
+        return
+    for k, (count, limit) in enumerate(zip(n_valid.tolist(), max_valid, strict=True), 1):
+        if count > limit:
+            raise ValueError(
+                f"max_valid must be at least the number of targets, got {limit} for the {count} of head {k}"
+            )
+
+
 def check_grad_weight_out(buffer: Tensor | None, weight: Tensor) -> None:
     """``grad_weight_out`` is added to in place: float32, whole, and no part of an autograd graph."""
     if buffer is None:
@@ -194,6 +214,20 @@ def checked_normalizer(normalizer: object) -> str | float | Tensor:
     if not normalizer > 0:
         raise ValueError(f"normalizer must be positive, got {normalizer}")
     return float(normalizer)
+
+
+def checked_max_valid(max_valid: int | Sequence[int] | None, n_heads: int) -> list[int] | None:
+    """One bound for each head, from ``n`` of them or one for all."""
+    if max_valid is None:
+        return None
+    limits = list(max_valid) if isinstance(max_valid, Sequence) else [max_valid] * n_heads
+    for limit in limits:
+        check_int("max_valid", limit, f", {n_heads} ints or None")
+        if limit < 0:
+            raise ValueError(f"max_valid must not be negative, got {limit}")
+    if len(limits) != n_heads:
+        raise ValueError(f"max_valid must hold n = {n_heads} ints, got {len(limits)}")
+    return limits
 
 
 def checked_heads(name: str, heads: Collection[int], n_heads: int) -> frozenset[int]:

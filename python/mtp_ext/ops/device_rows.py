@@ -1,8 +1,7 @@
 """The rows of a loss on a device whose results no host waits for.
 
-On the CPU the rows that carry a target are counted first, and only they are processed. On a GPU their number stays on
-the device: every row takes part, a row without a target is marked -1, and the row kernel turns its logits into zeros.
-What such a row holds, NaN included, must not reach a product, so its hidden states are replaced by zeros on the way.
+A row that takes part without a target is marked -1, and the row kernel turns its logits into zeros. What such a row
+holds, NaN included, must not reach a product, so its hidden states are replaced by zeros on the way.
 """
 
 from __future__ import annotations
@@ -33,6 +32,29 @@ def mark_rows(selected: Tensor) -> tuple[Tensor, Tensor]:
     valid.index_fill_(0, torch.where(selected < 0, n_rows, selected), True)
     valid = valid[:n_rows]
     return torch.where(valid, torch.arange(n_rows, device=selected.device), -1), valid
+
+
+def valid_rows_first(valid: Tensor, limits: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The first ``limits[k]`` rows of each head, were those that count moved to the front.
+
+    Args:
+        valid: ``[n, R]`` bool, which rows count.
+        limits: ``n`` numbers of at most ``R``. A head that may use all rows keeps their order.
+    Returns:
+        ``flat`` ``[sum(limits)]`` int64, indices into ``n * R`` rows, each once, and whether those count, bool.
+    """
+    n_rows = valid.shape[1]
+    position = torch.arange(n_rows, device=valid.device)
+    up_to_here = valid.cumsum(1)
+    counts = up_to_here[:, -1:]
+    slots = torch.where(valid, up_to_here - 1, counts + position - up_to_here)
+    order = torch.empty_like(slots).scatter_(1, slots, position.expand_as(slots))
+    flat, found = [], []
+    for k, limit in enumerate(limits):
+        moves = limit < n_rows
+        flat.append((order[k, :limit] if moves else position) + k * n_rows)
+        found.append(position[:limit] < counts[k] if moves else valid[k])
+    return torch.cat(flat), torch.cat(found)
 
 
 def copy_valid_rows(source: Tensor, valid: Tensor, out: Tensor) -> None:

@@ -16,6 +16,7 @@ from mtp_ext.ops import checks, metrics
 from mtp_ext.ops.allocation import empty, workspace
 from mtp_ext.ops.call import saved_grad_dtype
 from mtp_ext.ops.chunking import chunk_size, logits_dtype
+from mtp_ext.ops.row_kernels import RowTargets, select_rows
 
 
 def takes(weight: Tensor, group_name: str | None) -> bool:
@@ -69,6 +70,7 @@ def fused_loss(
     compute_dtype: torch.dtype,
     chunk_rows: int | None,
     workspace_bytes: int | None,
+    max_valid: Sequence[int] | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -80,10 +82,14 @@ def fused_loss(
         normalizer: What each head's sum is divided by; None: its sum of weights.
         others: As of :class:`mtp_ext.ops.head_loss.HeadLossAccumulator`.
     Raises:
-        ValueError: A target outside ``[0, V)`` that is not ``ignore_index``.
+        ValueError: A target outside ``[0, V)`` that is not ``ignore_index``, or more targets than ``max_valid``.
     """
+    targets = RowTargets.of(labels, document_ids, token_weights, seq_len, first_shift)
     wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
     device, vocab_size, n_rows = weight.device, weight.shape[-2], labels.shape[0] * seq_len
+    if max_valid is not None:
+        _, n_valid, _ = select_rows(targets, n_heads, ignore_index=ignore_index, vocab_size=vocab_size)
+        checks.check_max_valid(n_valid, max_valid)
     logits = logits_dtype(device, compute_dtype)
     grads = [empty(h.shape, saved_grad_dtype(h), device) for h in hidden] if need_hidden else []
     grad_weight = empty(weight.shape, wide, device) if need_weight else None
@@ -100,9 +106,9 @@ def fused_loss(
             _rows_of_heads(hidden, n_heads, n_rows),
             weight,
             _contiguous(bias, wide),
-            labels if labels.stride(-1) == 1 or labels.shape[-1] <= 1 else labels.contiguous(),
-            None if document_ids is None else document_ids.contiguous(),
-            _contiguous(token_weights, torch.float32),
+            targets.labels,
+            targets.document_ids,
+            targets.token_weights,
             _contiguous(class_weights, torch.float32),
             _contiguous(head_weights, torch.float64),
             _contiguous(row_scale, wide),

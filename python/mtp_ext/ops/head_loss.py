@@ -14,12 +14,13 @@ from torch import Tensor
 
 from mtp_ext.ops import metrics
 from mtp_ext.ops.allocation import empty
-from mtp_ext.ops.checks import check_targets_in_range
+from mtp_ext.ops.checks import check_max_valid, check_targets_in_range
 from mtp_ext.ops.chunking import ChunkGemms
 from mtp_ext.ops.device_rows import constants, counts_stay_on, float16_scale
 from mtp_ext.ops.result import MultiTokenLoss
 from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, select_rows
-from mtp_ext.ops.row_loop import Gradients, RowLoop, RowSelection
+from mtp_ext.ops.row_loop import Gradients, RowLoop
+from mtp_ext.ops.row_selection import RowSelection, most_rows
 from mtp_ext.ops.vocabulary_shard import VocabularyShard
 
 
@@ -53,9 +54,10 @@ class HeadLossAccumulator:
         group: Process group over which the vocabulary is sharded: ``weight``, ``bias`` and ``class_weights`` hold this
             rank's classes (in rank order), everything else is the same on every rank.
         chunk_rows, workspace_bytes: See :func:`mtp_ext.ops.chunking.chunk_size`.
+        max_valid: The most targets that count, of each head; with more, a head's loss and gradients are NaN.
 
     Raises:
-        ValueError: On the CPU, a target outside ``[0, V)`` that is not ``ignore_index``.
+        ValueError: On the CPU, a target outside ``[0, V)`` that is not ``ignore_index``, or more than ``max_valid``.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class HeadLossAccumulator:
         grad_weight_out: Tensor | None = None,
         chunk_rows: int | None = None,
         workspace_bytes: int | None = None,
+        max_valid: Sequence[int] | None = None,
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         self.n_heads, self.seq_len, self.first_shift = n_heads, seq_len, first_shift
@@ -92,21 +95,18 @@ class HeadLossAccumulator:
         self.acc_dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         self.need_grad_hidden = need_grad_hidden
         self.detached = frozenset(detach_weight)
-        self.labels = labels if labels.stride(-1) == 1 or labels.shape[-1] <= 1 else labels.contiguous()
-        targets = RowTargets(
-            self.labels,
-            None if document_ids is None else document_ids.contiguous(),
-            None if token_weights is None else token_weights.detach().float().contiguous(),
-            seq_len,
-            first_shift,
-        )
+        targets = RowTargets.of(labels, document_ids, token_weights, seq_len, first_shift)
+        self.labels = targets.labels
         self.shard = None if group is None else VocabularyShard.of(weight.shape[-2], group, weight.device)
         vocab_size = weight.shape[-2] if self.shard is None else self.shard.total
         rows, self.n_valid, first_invalid = select_rows(
             targets, n_heads, ignore_index=ignore_index, vocab_size=vocab_size
         )
         check_targets_in_range(self.labels, first_invalid, vocab_size, ignore_index)
-        selection = RowSelection.of(rows, self.n_valid, targets.rows_per_head)
+        check_max_valid(self.n_valid, max_valid)
+        self._excess = _nan_in_excess(self.n_valid, max_valid, self.acc_dtype)
+        limits = most_rows(targets, n_heads, max_valid)
+        selection = RowSelection.of(rows, self.n_valid, targets.rows_per_head, limits)
 
         self.head_weights = self._as_head_weights(head_weights)
         self.class_weights = None if class_weights is None else class_weights.detach().float().contiguous()
@@ -115,6 +115,8 @@ class HeadLossAccumulator:
         # Behind a denominator of 0 are no rows, or rows of weight 0: their sum is 0, whatever it is divided by.
         self._divisor = self.denominator.where(self.denominator != 0, 1)
         self.head_scale = self.head_weights / self._divisor
+        if self._excess is not None:
+            self.head_scale = self.head_scale + self._excess
         # An incoming gradient per row brings its own scale; a shard's logits are float32.
         is_mean = isinstance(normalizer, str) and row_scale is None and lse_grad is None and self.shard is None
         in_float16 = is_mean and self.compute_dtype == torch.float16 and weight.is_cuda
@@ -201,6 +203,8 @@ class HeadLossAccumulator:
     def row_losses(self) -> Tensor:
         """``[n * B * S]``: each flat row's loss times its token weight; 0 at rows that do not count."""
         loss = self.loop.tables.loss
+        if self._excess is not None:
+            loss = (loss.view(self.n_heads, -1) + self._excess[:, None]).flatten()
         return loss if self._row_weights is None else loss * self._row_weights
 
     @property
@@ -274,9 +278,9 @@ class HeadLossAccumulator:
             return None
         at_targets = self._at_targets(targets.token_weights, selection).to(self.acc_dtype)
         if selection.valid is not None:
-            return torch.where(selection.valid, at_targets, 0)
+            at_targets = torch.where(selection.valid, at_targets, 0)
         weights = torch.zeros(self.n_heads * targets.rows_per_head, dtype=self.acc_dtype, device=self.labels.device)
-        return weights.index_copy_(0, selection.rows, at_targets)
+        return weights.index_copy_(0, selection.flat, at_targets)
 
     def _at_targets(self, table: Tensor, selection: RowSelection) -> Tensor:
         """``table [B, S']`` at the target of each selected row; anything where a marked row has none."""
@@ -316,17 +320,20 @@ class HeadLossAccumulator:
             return torch.full((self.n_heads,), float(normalizer), dtype=self.acc_dtype, device=self.labels.device)
         if self._row_weights is None and self.class_weights is None:
             return self.n_valid.to(self.acc_dtype)
-        if selection.valid is None:
-            weights = torch.ones(len(selection.rows), dtype=self.acc_dtype, device=self.labels.device)
-        else:
-            weights = selection.valid.to(self.acc_dtype)
         if self._row_weights is not None:
             weights = self._row_weights[selection.flat]
+        elif selection.valid is not None:
+            weights = selection.valid.to(self.acc_dtype)
+        else:
+            weights = torch.ones(len(selection.rows), dtype=self.acc_dtype, device=self.labels.device)
         if self.class_weights is not None:
             weights = weights * self._class_weights_of(self._at_targets(self.labels, selection).long())
-        if selection.valid is not None:
-            return weights.view(self.n_heads, -1).sum(1)
-        head = selection.rows.div(selection.rows_per_head, rounding_mode="floor")
-        # One weight after the other: in float32 the sum over a large batch would lose digits.
-        sums = torch.zeros(self.n_heads, dtype=torch.float64, device=self.labels.device)
-        return sums.index_add_(0, head, weights.double()).to(self.acc_dtype)
+        return selection.sums_of_heads(weights).to(self.acc_dtype)
+
+
+def _nan_in_excess(n_valid: Tensor, max_valid: Sequence[int] | None, dtype: torch.dtype) -> Tensor | None:
+    """``[n]``: NaN for a head that has more targets than it was said to, else 0; None if nothing was said."""
+    if max_valid is None:
+        return None
+    excess = n_valid > constants(max_valid, torch.int64, n_valid.device)
+    return torch.zeros(len(max_valid), dtype=dtype, device=n_valid.device).masked_fill_(excess, float("nan"))

@@ -23,9 +23,9 @@ _TENSORS = (
     "Tensor? class_weights"
 )
 _OPTIONS = (
-    "int seq_len, int n_heads, int first_shift, int ignore_index, float label_smoothing, float z_loss, float softcap, "
-    "float logit_scale, int[] detach_weight, ScalarType compute_dtype, int? chunk_rows, int? workspace_bytes, "
-    "str? group_name"
+    "SymInt seq_len, int n_heads, int first_shift, int ignore_index, float label_smoothing, float z_loss, "
+    "float softcap, float logit_scale, int[] detach_weight, ScalarType compute_dtype, SymInt? chunk_rows, "
+    "SymInt? workspace_bytes, SymInt[]? max_valid, str? group_name"
 )
 _REDUCTION = "float normalizer, bool with_metrics"
 _NEEDS = "bool need_hidden, bool need_weight, bool need_bias"

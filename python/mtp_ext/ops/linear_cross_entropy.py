@@ -31,6 +31,7 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     workspace_bytes: int | None = None,
     grad_weight_out: Tensor | None = None,
+    max_valid: int | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``cross_entropy(hidden @ weight.T + bias, targets)``, with its gradients, without ever holding the logits.
@@ -54,6 +55,9 @@ def linear_cross_entropy(
         workspace_bytes: The same limit, in bytes of logits.
         grad_weight_out: Float32 buffer of ``weight``'s shape (float64 for float64 inputs) that backward adds the
             weight's gradient to; ``weight`` then gets no gradient.
+        max_valid: The most targets that count (not ignored, of a weight that is not 0), where the host knows it, say
+            from a batch before it is moved: on a GPU, so many rows are multiplied instead of all, and no host waits to
+            count them. With more, ValueError on the CPU, and NaN in loss and gradients on a GPU.
         group: Process group: ``weight``, ``bias`` and ``class_weights`` are this rank's shard of the vocabulary, in
             rank order, of equal or unequal sizes; all else is the same on every rank, and so are the results.
 
@@ -74,10 +78,11 @@ def linear_cross_entropy(
 
     Reference: :func:`torch.nn.functional.cross_entropy` of :func:`torch.nn.functional.linear`.
     """
-    absent = (bias, class_weights, token_weights, softcap, chunk_rows, workspace_bytes, grad_weight_out, group)
+    absent = (bias, class_weights, token_weights, softcap, chunk_rows, workspace_bytes, grad_weight_out, max_valid)
     numbers = (label_smoothing, z_loss, logit_scale)
     if (
         all(x is None for x in absent)
+        and group is None
         and numbers == (0.0, 0.0, 1.0)
         and bool not in map(type, numbers)  # True == 1.0, and no number
         and return_lse is False
@@ -111,6 +116,7 @@ def linear_cross_entropy(
         first_shift=0,
         row=row,
         compute_dtype=compute_dtype,
+        max_valid=checks.checked_max_valid(max_valid, 1),
         with_metrics=False,
     )
     if reduction != "none" and not return_lse:

@@ -35,6 +35,7 @@ def multi_token_cross_entropy(
     chunk_rows: int | None = None,
     workspace_bytes: int | None = None,
     grad_weight_out: Tensor | None = None,
+    max_valid: int | Sequence[int] | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> MultiTokenLoss:
     """Cross-entropy of ``n`` future-token heads, with its gradients, without ever holding the logits.
@@ -69,6 +70,10 @@ def multi_token_cross_entropy(
         workspace_bytes: The same limit, in bytes of logits.
         grad_weight_out: Float32 buffer of ``weight``'s shape (float64 for float64 inputs) that backward adds the
             weight's gradient to; ``weight`` then gets no gradient.
+        max_valid: The most targets that count, one number for every head or ``n``, where the host knows it (from a
+            batch before it is moved: :func:`mtp_ext.count_targets`): on a GPU, so many rows are multiplied instead of
+            all, and no host waits to count them. With more, ValueError on the CPU, and NaN in loss and gradients on a
+            GPU.
         group: Process group: ``weight``, ``bias`` and ``class_weights`` are this rank's shard of the vocabulary, in
             rank order, of equal or unequal sizes; all else is the same on every rank, and so are the results.
 
@@ -94,7 +99,7 @@ def multi_token_cross_entropy(
     n_heads, seq_len = _check_hidden(heads, stacked, labels)
     autocast = autocast_dtype(heads[0])
     _check_weight(heads[0], weight, n_heads, autocast is not None, group is not None)
-    _check_like_labels(labels, document_ids, token_weights)
+    checks.check_like_labels(labels, document_ids, token_weights)
     row = RowArguments(
         bias=bias,
         class_weights=class_weights,
@@ -121,6 +126,7 @@ def multi_token_cross_entropy(
         normalizer=checks.checked_normalizer(normalizer),
         document_ids=document_ids,
         detach_weight=checks.checked_heads("detach_weight", detach_weight, n_heads),
+        max_valid=checks.checked_max_valid(max_valid, n_heads),
     )
     scale = checks.checked_head_weights(head_weights, n_heads, heads[0].device)
     if reduction != "none":
@@ -165,13 +171,3 @@ def _check_weight(hidden: Tensor, weight: Tensor, n_heads: int, autocast: bool, 
     if weight.shape[-2] == 0 and not sharded:
         raise ValueError(f"weight must have at least one class, got {checks.describe(weight)}")
     checks.check_same_dtype(hidden.dtype, "weight", weight, autocast)
-
-
-def _check_like_labels(labels: Tensor, document_ids: Tensor | None, token_weights: Tensor | None) -> None:
-    for name, x, dtypes in (
-        ("document_ids", document_ids, checks.INDEX_DTYPES),
-        ("token_weights", token_weights, checks.FLOAT_DTYPES),
-    ):
-        if x is not None:
-            checks.check_tensor(name, x, dtypes=dtypes, shape="[B, S']", device=labels.device)
-            checks.check_shape(name, x, labels.shape, "[B, S'] of labels")

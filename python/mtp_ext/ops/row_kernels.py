@@ -28,6 +28,19 @@ class RowTargets:
     seq_len: int
     first_shift: int
 
+    @staticmethod
+    def of(
+        labels: Tensor, document_ids: Tensor | None, token_weights: Tensor | None, seq_len: int, first_shift: int
+    ) -> RowTargets:
+        """From tensors of any layout and dtype that the losses take."""
+        return RowTargets(
+            labels if labels.stride(-1) == 1 or labels.shape[-1] <= 1 else labels.contiguous(),
+            None if document_ids is None else document_ids.contiguous(),
+            None if token_weights is None else token_weights.detach().float().contiguous(),
+            seq_len,
+            first_shift,
+        )
+
     @property
     def rows_per_head(self) -> int:
         return self.labels.shape[0] * self.seq_len

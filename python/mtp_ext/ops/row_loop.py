@@ -5,7 +5,7 @@ Every GEMM of the loss is here, three per chunk (6 N D V FLOP in all). Nothing o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,48 +15,10 @@ from torch.distributed import Work
 
 from mtp_ext.ops.allocation import empty, workspace
 from mtp_ext.ops.chunking import ChunkGemms, chunk_size
-from mtp_ext.ops.device_rows import add_column_sum, copy_valid_rows, counts_stay_on, mark_rows, padded_columns
+from mtp_ext.ops.device_rows import add_column_sum, copy_valid_rows, counts_stay_on, padded_columns
 from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
+from mtp_ext.ops.row_selection import RowSelection
 from mtp_ext.ops.vocabulary_shard import VocabularyShard
-
-
-@dataclass(frozen=True)
-class RowSelection:
-    """The rows that carry a target, head by head; or all rows, those without a target marked, where no host counts."""
-
-    rows: Tensor  # [offsets[-1]] int64, flat (head, b, s), ascending, or -1 where there is no target
-    offsets: list[int]  # [n + 1]: head k's rows are rows[offsets[k] : offsets[k + 1]]
-    rows_per_head: int  # B * S
-    valid: Tensor | None = None  # [offsets[-1]] bool; None: every row counts
-
-    @staticmethod
-    def of(selected: Tensor, n_valid: Tensor, rows_per_head: int) -> RowSelection:
-        """From the results of :func:`mtp_ext.ops.row_kernels.select_rows`."""
-        n_heads = n_valid.shape[0]
-        if counts_stay_on(selected.device):
-            rows, valid = mark_rows(selected)
-            return RowSelection(rows, [k * rows_per_head for k in range(n_heads + 1)], rows_per_head, valid)
-        counts: list[int] = n_valid.tolist()
-        offsets = [sum(counts[:k]) for k in range(n_heads + 1)]
-        return RowSelection(selected[: offsets[-1]], offsets, rows_per_head)
-
-    @property
-    def flat(self) -> Tensor:
-        """The flat index of every row in ``rows``, also of the marked ones."""
-        return self.rows if self.valid is None else torch.arange(self.rows.shape[0], device=self.rows.device)
-
-    def pieces(self, begin: int, end: int) -> Iterator[tuple[int, slice, slice | Tensor]]:
-        """Splits ``rows[begin:end]`` by head: ``(head, where in the chunk, which of the head's B * S rows)``."""
-        for head in range(len(self.offsets) - 1):
-            first, last = self.offsets[head], self.offsets[head + 1]
-            low, high = max(begin, first), min(end, last)
-            if low >= high:
-                continue
-            where = slice(low - begin, high - begin)
-            if last - first == self.rows_per_head:  # every row counts: consecutive
-                yield head, where, slice(low - first, high - first)
-            else:
-                yield head, where, self.rows[low:high] - head * self.rows_per_head
 
 
 @dataclass

@@ -1,0 +1,59 @@
+"""How many targets of a batch count, for ``max_valid`` of the losses: counted on the CPU, before the batch is moved."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mtp_ext.ops import checks
+from mtp_ext.ops.row_kernels import RowTargets, select_rows
+
+_ANY_CLASS = 2**62
+
+
+def count_targets(
+    labels: Tensor,
+    n_heads: int,
+    *,
+    seq_len: int,
+    document_ids: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+) -> list[int]:
+    """The number of targets of each head that count in :func:`mtp_ext.multi_token_cross_entropy`.
+
+    Give it the batch while that is on the CPU, and its result to the loss on a GPU as ``max_valid``: what is ignored,
+    padding or in another document then costs no GEMM work, and no host waits for the GPU. Where shapes must repeat (a
+    captured graph, a compiled model), round the numbers up.
+
+    Args:
+        labels: ``[B, S']`` int64 or int32, unshifted.
+        n_heads: ``n``.
+        seq_len: ``S``, the positions of the hidden states; ``S' >= S``.
+        document_ids: ``[B, S']`` integers.
+        token_weights: ``[B, S']``.
+        ignore_index: Label of positions that do not count.
+
+    Returns:
+        ``n`` numbers of at most ``B * S``.
+
+    Raises:
+        TypeError, ValueError: An argument of wrong type, dtype, shape or device.
+
+    Example:
+        >>> import torch
+        >>> count_targets(torch.tensor([[3, 1, 4, -100, 5]]), 2, seq_len=4)
+        [3, 2]
+    """
+    checks.check_int("n_heads", n_heads)
+    checks.check_int("seq_len", seq_len)
+    checks.check_int("ignore_index", ignore_index)
+    checks.check_tensor("labels", labels, dtypes=checks.INDEX_DTYPES, shape="[B, S']")
+    if n_heads < 1:
+        raise ValueError(f"n_heads must be at least 1, got {n_heads}")
+    if labels.dim() != 2 or not 0 <= seq_len <= labels.shape[1]:
+        raise ValueError(f"labels must be [B, S'] with S' >= seq_len = {seq_len} >= 0, got {checks.describe(labels)}")
+    checks.check_like_labels(labels, document_ids, token_weights)
+    checks.check_backend(labels.device)
+    rows = RowTargets.of(labels, document_ids, token_weights, seq_len, first_shift=1)
+    counts: list[int] = select_rows(rows, n_heads, ignore_index=ignore_index, vocab_size=_ANY_CLASS)[1].tolist()
+    return counts

@@ -94,12 +94,38 @@ def check_shards(sizes: list[int], rank: int) -> None:
                 dist.all_gather(losses, ours["loss"])
                 assert all(torch.equal(x, losses[0]) for x in losses), "ranks hold different losses"
     compare(evaluate_rows(shard, {"group": group}), evaluate_rows(slice(0, V), {}), shard, 1e-12)
+    check_sizes_are_asked_for_once(shard)
     check_compiled(shard)
     bad = labels()
     bad[1, 3] = V
     x = inputs(torch.float32)
     with pytest.raises(ValueError, match=rf"\[0, {V}\)"):
         mtp_ext.multi_token_cross_entropy(x["hidden"], x["weight"][shard], bad, group=group)
+
+
+def check_sizes_are_asked_for_once(shard: slice) -> None:
+    """To read them, a host waits for its GPU."""
+    x, asked = inputs(torch.float64), []
+    weight = x["weight"][shard].clone().requires_grad_()
+    gather = dist.all_gather
+
+    def counting(gathered: list[torch.Tensor], own: torch.Tensor, **keywords: Any) -> None:
+        asked.append(own.dtype == torch.int64)
+        gather(gathered, own, **keywords)
+
+    def loss(weight: torch.Tensor) -> int:
+        """How often sizes were exchanged."""
+        asked.clear()
+        mtp_ext.linear_cross_entropy(x["hidden"], weight, torch.ones(N, B, S).long(), group=dist.group.WORLD)
+        return sum(asked)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", counting)
+        assert [loss(weight), loss(weight), loss(weight.detach()), loss(weight)] == [1, 0, 1, 0]
+    with torch.no_grad():
+        weight.data = torch.cat([weight.data, weight.data[:1] if len(weight) else x["weight"][:1]])
+    with pytest.raises(ValueError, match=r"weight must keep the \d+ classes that it told its group, got \d+"):
+        mtp_ext.linear_cross_entropy(x["hidden"], weight, torch.ones(N, B, S).long(), group=dist.group.WORLD)
 
 
 def check_compiled(shard: slice) -> None:

@@ -97,7 +97,7 @@ class HeadLossAccumulator:
         self.detached = frozenset(detach_weight)
         targets = RowTargets.of(labels, document_ids, token_weights, seq_len, first_shift)
         self.labels = targets.labels
-        self.shard = None if group is None else VocabularyShard.of(weight.shape[-2], group, weight.device)
+        self.shard = None if group is None else VocabularyShard.of(weight, group)
         vocab_size = weight.shape[-2] if self.shard is None else self.shard.total
         rows, self.n_valid, first_invalid = select_rows(
             targets, n_heads, ignore_index=ignore_index, vocab_size=vocab_size

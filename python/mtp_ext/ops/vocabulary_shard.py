@@ -12,8 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mtp_ext.ops.row_kernels import ROW_STATISTICS, RowShard
+
+# By weight and name of the group. To read the sizes a host waits for its GPU: once for a parameter. All ranks find them
+# here or none does, for they use tensors that are each other's shards in the same order.
+_known_sizes = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,19 @@ class VocabularyShard:
     largest: int  # the largest shard of the group: what chunks are sized by, so that all ranks cut the same chunks
 
     @staticmethod
-    def of(size: int, group: dist.ProcessGroup, device: torch.device) -> VocabularyShard:
-        """Learns the other ranks' shard sizes (one small all-gather)."""
-        own = torch.tensor([size], dtype=torch.int64, device=device)
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, own, group=group)
-        sizes = [int(s) for s in torch.cat(gathered)]
-        return VocabularyShard(group, sum(sizes[: dist.get_rank(group)]), size, sum(sizes), max(sizes))
+    def of(weight: Tensor, group: dist.ProcessGroup) -> VocabularyShard:
+        """The shard that ``weight`` ``[V, D]`` or ``[n, V, D]`` is in ``group``.
+
+        Raises:
+            ValueError: ``weight`` has another number of classes than when it was first used with ``group``.
+        """
+        sizes, rank, own = _sizes(weight, group), dist.get_rank(group), weight.shape[-2]
+        if sizes[rank] != own:
+            raise ValueError(
+                f"weight must keep the {sizes[rank]} classes that it told its group, got {own}: ranks whose shard is "
+                "as before would not notice. Make a new tensor for another vocabulary"
+            )
+        return VocabularyShard(group, sum(sizes[:rank]), own, sum(sizes), max(sizes))
 
     def stage(self, n_rows: int, device: torch.device) -> RowShard:
         """Room for the statistics of a chunk."""
@@ -66,3 +77,15 @@ class VocabularyShard:
         """Starts to all-reduce ``x`` in place; the caller waits."""
         work: dist.Work = dist.all_reduce(x, group=self.group, async_op=True)
         return work
+
+
+def _sizes(weight: Tensor, group: dist.ProcessGroup) -> list[int]:
+    """How many classes each rank of ``group`` holds: remembered, or one small all-gather."""
+    known: dict[str, list[int]] = _known_sizes.setdefault(weight, {})  # type: ignore[no-untyped-call]
+    sizes = known.get(group.group_name)
+    if sizes is None or len(sizes) != dist.get_world_size(group):
+        own = torch.tensor([weight.shape[-2]], dtype=torch.int64, device=weight.device)
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own, group=group)
+        sizes = known[group.group_name] = torch.cat(gathered).tolist()
+    return sizes

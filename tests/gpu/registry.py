@@ -36,7 +36,7 @@ def check(*, small: bool = False) -> Callable[[Callable[[torch.device], None]], 
 
 def all_checks() -> list[Check]:
     """Every check, in the order of the files."""
-    from tests.gpu import kernel_checks, loss_checks, model_checks, runtime_checks  # noqa: F401  (they register)
+    from tests.gpu import group_checks, kernel_checks, loss_checks, model_checks, runtime_checks  # noqa: F401  (they register)
 
     return list(CHECKS)
 

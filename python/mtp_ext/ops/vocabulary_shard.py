@@ -59,14 +59,7 @@ class VocabularyShard:
         """Replaces this shard's row statistics ``[C, 6]`` by those of the whole vocabulary."""
         shards = [torch.empty_like(statistics) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(shards, statistics, group=self.group)
-        gathered = torch.stack(shards)  # [P, C, 6]: max, sum_others, target_logit, class weight, weighted sum, argmax
-        maxima = gathered[..., 0]
-        top = maxima.amax(0)
-        statistics[:, 1] = (gathered[..., 1] * torch.exp(maxima - top)).sum(0)
-        statistics[:, 2:5] = gathered[..., 2:5].sum(0)
-        first = (maxima == top).to(torch.int8).argmax(0)  # of equal maxima the lowest class, as in one process
-        statistics[:, 5] = gathered[..., 5].gather(0, first[None])[0]
-        statistics[:, 0] = top
+        statistics.copy_(combined(torch.stack(shards)))
 
     def sum_(self, x: Tensor) -> Tensor:
         """All-reduces ``x`` in place."""
@@ -77,6 +70,19 @@ class VocabularyShard:
         """Starts to all-reduce ``x`` in place; the caller waits."""
         work: dist.Work = dist.all_reduce(x, group=self.group, async_op=True)
         return work
+
+
+def combined(shards: Tensor) -> Tensor:
+    """Row statistics of a vocabulary ``[C, 6]`` (float64) from those of its shards ``[P, C, 6]``, in their order."""
+    statistics = torch.empty_like(shards[0])  # max, sum_others, target_logit, class weight, weighted sum, argmax
+    maxima = shards[..., 0]
+    top = maxima.amax(0)
+    statistics[:, 0] = top
+    statistics[:, 1] = (shards[..., 1] * torch.exp(maxima - top)).sum(0)
+    statistics[:, 2:5] = shards[..., 2:5].sum(0)
+    first = (maxima == top).to(torch.int8).argmax(0)  # of equal maxima the lowest class, as in one process
+    statistics[:, 5] = shards[..., 5].gather(0, first[None])[0]
+    return statistics
 
 
 def _sizes(weight: Tensor, group: dist.ProcessGroup) -> list[int]:

@@ -12,7 +12,7 @@ from mtp_ext.ops import MultiTokenLoss
 from mtp_ext.train.config import LossConfig, OptimConfig
 from mtp_ext.train.data import Batch, TrainingStream
 from mtp_ext.train.optim import Optimizers
-from mtp_ext.train.step import NotFiniteError, count_targets, head_weights, train_step
+from mtp_ext.train.step import NotFiniteError, head_weights, targets_of_heads, train_step
 from tests.train.tiny import CPU, tiny_config, tiny_dataset, tiny_model
 
 
@@ -45,7 +45,8 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(
     gradients = []
     for batches in ([batch], parts(batch, 3)):
         model = fresh(tmp_path)
-        for part, share in zip(batches, head_weights(batches, 2, weights), strict=True):
+        shares = head_weights([targets_of_heads(part, 2) for part in batches], weights)
+        for part, share in zip(batches, shares, strict=True):
             result = model(part.tokens, part.labels, part.document_ids, head_weights=share, schedule=schedule)
             assert isinstance(result, MultiTokenLoss)
             result.loss.backward()  # type: ignore[no-untyped-call]
@@ -74,7 +75,7 @@ def test_targets_are_counted_as_the_loss_counts_them(tmp_path: Path) -> None:
     batch, model = whole_batch(tmp_path, 8), fresh(tmp_path)
     result = model(batch.tokens, labels=batch.labels, document_ids=batch.document_ids)
     assert isinstance(result, MultiTokenLoss)
-    assert torch.equal(count_targets(batch, 2), result.n_valid)
+    assert targets_of_heads(batch, 2) == result.n_valid.tolist()
     assert result.n_valid[1] < result.n_valid[0] < batch.tokens.numel()
 
 

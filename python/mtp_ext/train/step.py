@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext.nn import MTPModel
-from mtp_ext.ops import MultiTokenLoss
+from mtp_ext.ops import MultiTokenLoss, count_targets
 from mtp_ext.train.config import LossConfig
 from mtp_ext.train.data import IGNORE_INDEX, Batch
 from mtp_ext.train.device import Compute
@@ -60,8 +60,8 @@ def train_step(
     if weights is None:
         weights = loss.weights(model.config.n_future).current
     totals = HeadTotals(weights)
-    shares = head_weights(batches, model.config.n_future, weights)
-    for batch, share in zip(batches, shares, strict=True):
+    counts = [targets_of_heads(batch, model.config.n_future) for batch in batches]
+    for batch, count, share in zip(batches, counts, head_weights(counts, weights), strict=True):
         tokens, labels, document_ids = (t.to(compute.device, non_blocking=True) for t in batch)
         with compute.autocast():
             result = model(
@@ -70,6 +70,7 @@ def train_step(
                 document_ids=document_ids,
                 head_weights=share.tolist(),  # numbers, not a tensor on the device: a head of weight 0 is then skipped
                 schedule=loss.schedule,
+                max_valid=count,
             )
         assert isinstance(result, MultiTokenLoss)
         result.loss.backward()  # type: ignore[no-untyped-call]
@@ -83,33 +84,29 @@ def train_step(
     return StepResult(heads, grad_norm)
 
 
-def head_weights(batches: Sequence[Batch], n_future: int, weights: Sequence[float] | None) -> list[Tensor]:
+def head_weights(counts: Sequence[Sequence[int]], weights: Sequence[float] | None) -> list[Tensor]:
     """The weight of every head in each micro-batch, such that the sum of the micro-batches' losses is the loss of the
     whole batch: a head's loss is a mean over its targets, and micro-batches differ in how many they have.
 
     Args:
-        batches: ``m`` micro-batches.
-        n_future: ``n``.
+        counts: Targets of each head in each of ``m`` micro-batches.
         weights: Weight of each head in the objective; ``None`` is 1 each.
     Returns:
         ``m`` tensors ``[n]`` float64.
     """
-    objective = torch.ones(n_future, dtype=torch.float64) if weights is None else torch.tensor(weights).double()
-    if len(batches) == 1:
+    targets = torch.tensor(counts, dtype=torch.float64)  # [m, n]
+    objective = torch.ones_like(targets[0]) if weights is None else torch.tensor(weights).double()
+    if len(counts) == 1:
         return [objective]
-    counts = torch.stack([count_targets(batch, n_future) for batch in batches]).double()  # [m, n]
-    return list(objective * counts / counts.sum(0).clamp(min=1))
+    return list(objective * targets / targets.sum(0).clamp(min=1))
 
 
-def count_targets(batch: Batch, n_future: int) -> Tensor:
-    """The number of targets of each head, ``[n]`` int64: those that exist, count, and are in their position's text."""
-    seq_len = batch.tokens.shape[1]
-    return torch.stack(
-        [
-            (
-                (batch.labels[:, k : k + seq_len] != IGNORE_INDEX)
-                & (batch.document_ids[:, k : k + seq_len] == batch.document_ids[:, :seq_len])
-            ).sum()
-            for k in range(1, n_future + 1)
-        ]
+def targets_of_heads(batch: Batch, n_future: int) -> list[int]:
+    """The number of targets of each head: those that exist, count, and are in their position's text."""
+    return count_targets(
+        batch.labels,
+        n_future,
+        seq_len=batch.tokens.shape[1],
+        document_ids=batch.document_ids,
+        ignore_index=IGNORE_INDEX,
     )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mtp_ext.nn.layers import RMSNorm
 from mtp_ext.nn.schedule import check_schedule, multi_token_loss
@@ -19,6 +18,7 @@ from mtp_ext.nn.unembedding import ReplicatedUnembedding
 from mtp_ext.nn.variants import VARIANTS, chains_of, check_variant
 from mtp_ext.ops.checks import describe
 from mtp_ext.ops.decode import largest_logits
+from mtp_ext.ops.dtensor import is_dtensor
 from mtp_ext.ops.result import MultiTokenLoss
 from mtp_ext.ops.rms_norm import rms_norm, rms_norm_heads
 from mtp_ext.ops.rms_norm import uses_kernel as rms_norm_uses_kernel
@@ -295,7 +295,7 @@ def make_heads(modules: HeadModules, n_future: int | None, width: int, norm_eps:
 
 def _checked_whole(weight: Tensor) -> Tensor:
     """Raises TypeError for an unembedding that is not in this process as a whole."""
-    if isinstance(weight, DTensor):
+    if is_dtensor(weight):
         raise TypeError(
             "unembed.weight must be a local tensor [V, D] or [n, V, D], got a DTensor. Under FSDP2, call the module "
             "that was sharded last, model(...), or name the method that you call: register_fsdp_forward_method(model, "

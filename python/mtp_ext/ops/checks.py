@@ -7,10 +7,10 @@ from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mtp_ext.ops.debug import debug_checks_enabled
 from mtp_ext.ops.device_rows import constants
+from mtp_ext.ops.dtensor import is_dtensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -32,7 +32,7 @@ def check_tensor(
     name: str, x: object, *, dtypes: Sequence[torch.dtype], shape: str, device: torch.device | None = None
 ) -> None:
     """Raises TypeError unless ``x`` is a plain tensor of one of ``dtypes``, ValueError if it is on another device."""
-    if isinstance(x, DTensor):
+    if is_dtensor(x):
         raise TypeError(
             f"{name} must be a local tensor {shape}, got a DTensor: pass {name}.to_local(), or full_tensor() where it "
             "is sharded over what the loss needs whole"

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from mtp_ext.ops.dtensor import is_dtensor
 
 # Of the decoding kernel (csrc/kernels/decode.h); other calls are a GEMM.
 LARGEST_ROWS = 64
@@ -63,8 +64,8 @@ def uses_kernel(hidden: Tensor, weight: Tensor, k: int) -> bool:
         and _BUILT
         and hidden.dtype == weight.dtype
         and hidden.dtype in (torch.bfloat16, torch.float16)
-        and not isinstance(hidden, DTensor)
-        and not isinstance(weight, DTensor)
+        and not is_dtensor(hidden)
+        and not is_dtensor(weight)
         and weight.device == hidden.device
         and weight.is_contiguous()
         and hidden.shape[0] <= LARGEST_ROWS

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
 from mtp_ext.ops.checks import check_shape, describe
+from mtp_ext.ops.dtensor import is_dtensor
 
 # A row as float32 must fit the shared memory of a block: 99 KiB on the smallest device that the kernels are built for.
 LARGEST_WIDTH = 16384
@@ -135,8 +135,8 @@ def uses_kernel(x: Tensor, weight: Tensor) -> bool:
         and x.dtype in _KERNEL_DTYPES
         and weight.dtype in (torch.float32, x.dtype)
         and weight.device == x.device
-        and not isinstance(x, DTensor)
-        and not isinstance(weight, DTensor)
+        and not is_dtensor(x)
+        and not is_dtensor(weight)
         and 0 < x.shape[-1] <= LARGEST_WIDTH
         and x.shape[-1] * x.element_size() % _VECTOR_BYTES == 0
     )

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.distributed import Work
 
 from mtp_ext.ops.allocation import empty, workspace
 from mtp_ext.ops.chunking import ChunkGemms, chunk_size
@@ -121,7 +120,7 @@ class RowLoop:
 
     def _products(self, low: int, high: int, z: Tensor, h: Tensor, gemms: ChunkGemms, out: Gradients) -> None:
         need_hidden = any(g is not None for g in out.hidden)
-        pending: Work | None = None
+        pending: torch.distributed.Work | None = None
         if need_hidden:
             grad, in_place = self._grad_hidden(low, high, z, gemms, out.hidden)
             if self.shard is not None:

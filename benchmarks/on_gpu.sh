@@ -50,10 +50,17 @@ capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_c
   note "no CUDA device that torch can use"
   exit 1
 }
-# torch brings a copy of the module `packaging`, which setup.py needs, where the machine has none.
-if ! "$python" -c 'import packaging.version' 2>/dev/null; then
+# setup.py needs the module `packaging`. setuptools brings one from version 71 on; before that, torch's copy has to do. It
+# has not all of the modules, so in front of setuptools' own it would break setuptools.
+if ! "$python" -c 'import setuptools, packaging.version' 2>/dev/null; then
   ln -s "$("$python" -c 'import torch._vendor.packaging as p; print(list(p.__path__)[0])')" "$scratch/packaging"
   PYTHONPATH=$scratch:${PYTHONPATH:-}
+fi
+# torch looks for the toolkit's headers next to nvcc, where a wrapper script named nvcc has none.
+if [ -z "${CUDA_HOME:-}" ] && command -v nvcc >/dev/null; then
+  export CUDA_HOME
+  CUDA_HOME=$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
+  [ -d "$CUDA_HOME/include" ] || unset CUDA_HOME
 fi
 export PYTHONPATH=python:.:${PYTHONPATH:-} PYTHONUNBUFFERED=1 MTP_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mtp_ext.ops.decode import top_classes
+from mtp_ext.ops.decode import top_classes, uses_kernel
 from mtp_ext.ops.row_kernels import RowTargets, select_rows
 from tests.gpu.registry import check
 
@@ -75,9 +75,10 @@ def compare_decode(device: torch.device, rows: int, vocab: int, width: int, dtyp
     weight = (torch.randn(vocab, width, device=device) / width**0.5).to(dtype)
     best = top_classes(hidden, weight, 5)
     logits = hidden.double() @ weight.double().T
-    torch.testing.assert_close(best.logits.double(), logits.topk(5).values, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits.gather(1, best.ids), best.logits.double(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(best.lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-4)
+    bound = 1e-4 if uses_kernel(hidden, weight, 5) else 2 * torch.finfo(dtype).eps  # a GEMM rounds its logits
+    torch.testing.assert_close(best.logits.double(), logits.topk(5).values, rtol=bound, atol=bound)
+    torch.testing.assert_close(logits.gather(1, best.ids), best.logits.double(), rtol=bound, atol=bound)
+    torch.testing.assert_close(best.lse.double(), logits.logsumexp(-1), rtol=bound / 10, atol=bound)
 
 
 @check(small=True)

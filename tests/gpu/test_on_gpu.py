@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.gpu import model_checks
+from tests.gpu import kernel_checks, loss_checks, model_checks
 from tests.gpu.registry import CannotRun, Check, all_checks
 
 
@@ -19,13 +19,17 @@ def test_no_check_is_lost() -> None:
 @pytest.mark.parametrize(
     "run",
     [
+        kernel_checks.decoding_of_few_rows,
+        kernel_checks.decoding_with_a_large_vocabulary,
+        loss_checks.every_option_and_dtype,
+        loss_checks.awkward_vocabularies,
         model_checks.models_equal_the_cpu_in_float64,
         model_checks.greedy_tokens_equal_the_cpus,
         model_checks.greedy_classes_in_16_bits_equal_the_gemms,
     ],
     ids=lambda run: run.__name__,
 )
-def test_the_checks_of_a_model_hold_on_the_cpu(run: Callable[[torch.device], None]) -> None:
+def test_checks_hold_on_the_cpu(run: Callable[[torch.device], None]) -> None:
     run(torch.device("cpu"))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tests.gpu import kernel_checks, loss_checks, model_checks
 from tests.gpu.registry import CannotRun, Check, all_checks
+from tests.pretend_cuda import pretend_cuda
 
 
 def test_no_check_is_lost() -> None:
@@ -31,6 +32,23 @@ def test_no_check_is_lost() -> None:
 )
 def test_checks_hold_on_the_cpu(run: Callable[[torch.device], None]) -> None:
     run(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        kernel_checks.column_sums,
+        kernel_checks.scaling_by_a_device_scalar,
+        kernel_checks.norms_of_several_heads,
+        kernel_checks.tensors_that_are_not_aligned_give_the_same,
+        kernel_checks.decoding_of_few_rows,
+    ],
+    ids=lambda run: run.__name__,
+)
+def test_checks_of_kernels_hold_of_their_formulas(run: Callable[[torch.device], None]) -> None:
+    """What tests/pretend_cuda.py puts in the place of the kernels: a check that is wrong fails here."""
+    with pretend_cuda():
+        run(torch.device("cuda:0"))
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@
 # with torch, nvcc, ninja and pybind11, without a network:
 #   MTP_COMMIT=$(git rev-parse HEAD) MTP_DIRTY=0 OUT=results bash benchmarks/on_gpu.sh
 # MTP_COMMIT and MTP_DIRTY (0: as committed, else changed) go into every result; a checkout with its .git needs neither.
-# $OUT gets six plain files and no link: log.txt (every stage under a heading, and how it ended) and the JSON of the checks
+# $OUT gets seven plain files and no link: log.txt (every stage under a heading, and how it ended) and the JSON of the checks
 # and of each benchmark, rewritten as they grow, so that a run that is cut off leaves what it found. Exits with 1 if a stage
 # failed or the checks did not end; a stage that the time does not suffice for is named.
 set -uo pipefail
@@ -72,6 +72,7 @@ stage gpu_loss 140 "$python" -m benchmarks.bench_gpu_loss --device cuda --rounds
 stage gpu_peers 50 "$python" -m benchmarks.bench_gpu_peers --device cuda --rounds 10 --out "$out/gpu_peers.json"
 stage row_pass 60 "$python" -m benchmarks.bench_row_pass --device cuda --rounds 20 --out "$out/row_pass.json"
 stage step_memory 40 "$python" -m benchmarks.bench_step_memory --device cuda --rounds 10 --out "$out/step_memory.json"
+stage gpu_heads 25 "$python" -m benchmarks.bench_gpu_heads --device cuda --rounds 10 --out "$out/gpu_heads.json"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "on_gpu.sh"
-STAGES = ["build", "checks", "gpu_loss", "gpu_peers", "row_pass", "step_memory", "memcheck", "racecheck", "synccheck"]
+STAGES = [
+    "build",
+    "checks",
+    "gpu_loss",
+    "gpu_peers",
+    "row_pass",
+    "step_memory",
+    "gpu_heads",
+    "memcheck",
+    "racecheck",
+    "synccheck",
+]
 
 # Answers for torch, has a setuptools without the module `packaging`, and writes what a stage is asked to write.
 PYTHON = """#!/usr/bin/env bash
@@ -62,7 +73,8 @@ def test_everything_runs_in_order_and_leaves_few_plain_files(tmp_path: Path) -> 
     assert [log.index(f"\n== {name}, ") for name in STAGES] == sorted(log.index(f"\n== {name}, ") for name in STAGES)
     assert "ran setup.py build_ext --inplace for arch 9.0" in log and "synccheck: passed" in shown
     files = sorted(path.name for path in out.iterdir())
-    assert files == ["checks.json", "gpu_loss.json", "gpu_peers.json", "log.txt", "row_pass.json", "step_memory.json"]
+    results = {"checks", "gpu_loss", "gpu_peers", "row_pass", "step_memory", "gpu_heads"}
+    assert files == sorted({"log.txt"} | {f"{name}.json" for name in results})
     assert not any(path.is_symlink() for path in out.rglob("*"))
     assert not list(tmp_path.glob("tmp.*")), "the scratch folder stays behind"
 

@@ -25,12 +25,12 @@ SOURCES = {"tensor", "as_tensor"}  # made on the host, and copied
 
 
 @contextmanager
-def pretend_cuda() -> Iterator[None]:
-    """Every tensor is on a CUDA device, and the build has kernels for it."""
+def pretend_cuda(*, may_wait: bool = False) -> Iterator[None]:
+    """Every tensor is on a CUDA device, and the build has kernels for it; ``may_wait``: and the host may wait for it."""
     run_backward, assert_close = torch.autograd._engine_run_backward, torch.testing.assert_close  # type: ignore[attr-defined]
 
     def in_mode(*args: Any, **kwargs: Any) -> Any:
-        with _Mode():  # torch.autograd.grad and Tensor.backward are functions that the mode handles, without itself
+        with _Mode(may_wait):  # torch.autograd.grad and Tensor.backward are functions that the mode handles, without itself
             return run_backward(*args, **kwargs)
 
     def compare(*args: Any, **kwargs: Any) -> None:
@@ -41,12 +41,16 @@ def pretend_cuda() -> Iterator[None]:
         mock.patch.object(torch.testing, "assert_close", compare),
         mock.patch.object(checks, "_BACKENDS", ("cpu", "cuda")),
         mock.patch.object(torch.autograd, "_engine_run_backward", in_mode),
-        _Mode(),
+        _Mode(may_wait),
     ):
         yield
 
 
 class _Mode(TorchFunctionMode):
+    def __init__(self, may_wait: bool) -> None:
+        super().__init__()
+        self.may_wait = may_wait
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.__name__
@@ -58,8 +62,10 @@ class _Mode(TorchFunctionMode):
         operator = str(func).removeprefix("mtp_ext.").removesuffix(".default")
         if operator in OPERATORS and "mtp_ext" in str(func):
             return OPERATORS[operator](*args, **kwargs)
+        if func is torch.device:
+            return func(*args, **kwargs)
         on_gpu = any(_is_cuda(x) for x in (*args, *kwargs.values()))
-        if name in WAITS or (name in SOURCES and on_gpu):
+        if not self.may_wait and (name in WAITS or (name in SOURCES and on_gpu)):
             raise AssertionError(f"{name} makes the host wait for the device")
         args, kwargs = [_on_cpu(x) for x in args], {key: _on_cpu(x) for key, x in kwargs.items()}
         if "out_dtype" in kwargs:

@@ -42,12 +42,16 @@ def test_checks_hold_on_the_cpu(run: Callable[[torch.device], None]) -> None:
         kernel_checks.norms_of_several_heads,
         kernel_checks.tensors_that_are_not_aligned_give_the_same,
         kernel_checks.decoding_of_few_rows,
+        loss_checks.every_option_and_dtype,
+        loss_checks.awkward_vocabularies,
+        loss_checks.nan_in_an_ignored_row_changes_nothing,
+        loss_checks.no_target_and_no_rows,
     ],
     ids=lambda run: run.__name__,
 )
-def test_checks_of_kernels_hold_of_their_formulas(run: Callable[[torch.device], None]) -> None:
-    """What tests/pretend_cuda.py puts in the place of the kernels: a check that is wrong fails here."""
-    with pretend_cuda():
+def test_checks_hold_where_the_cpu_pretends(run: Callable[[torch.device], None]) -> None:
+    """The path of a GPU, with torch's arithmetic in the place of the kernels: a check that is wrong fails here."""
+    with pretend_cuda(may_wait=True):
         run(torch.device("cuda:0"))
 
 

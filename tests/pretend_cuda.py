@@ -26,11 +26,13 @@ SOURCES = {"tensor", "as_tensor"}  # made on the host, and copied
 
 @contextmanager
 def pretend_cuda(*, may_wait: bool = False) -> Iterator[None]:
-    """Every tensor is on a CUDA device, and the build has kernels for it; ``may_wait``: and the host may wait for it."""
+    """Every tensor is on a CUDA device that the build has kernels for; ``may_wait``: the host may look at values."""
     run_backward, assert_close = torch.autograd._engine_run_backward, torch.testing.assert_close  # type: ignore[attr-defined]
 
     def in_mode(*args: Any, **kwargs: Any) -> Any:
-        with _Mode(may_wait):  # torch.autograd.grad and Tensor.backward are functions that the mode handles, without itself
+        with _Mode(
+            may_wait
+        ):  # torch.autograd.grad and Tensor.backward are functions that the mode handles, without itself
             return run_backward(*args, **kwargs)
 
     def compare(*args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The sections of docs/performance.md about a GPU: the loss against its bars, and the passes that memory bounds."""
+"""The sections of docs/performance.md about a GPU: the loss against its bars, the passes that memory bounds, heads."""
 
 from __future__ import annotations
 
@@ -90,6 +90,22 @@ def row_pass_section(path: Path) -> str:
         + table(passes | {"baseline_ratio": "ratio to `copy`", "mhz": "SM MHz"}, found["row_pass"])
         + "\nDecoding reads the unembedding once, whatever the number of rows.\n\n"
         + table(decoding | {"baseline_ratio": "ratio to `read`", "mhz": "SM MHz"}, found["decode"])
+    )
+
+
+def heads_section(path: Path) -> str:
+    """Heads that read one trunk: one by one, and together."""
+    env, rows = load(path)
+    columns = {"N": "N", "n": "n", "D": "D", "impl": "implementation", "ms_median": "ms"}
+    linear = columns | {"baseline_ratio": "ratio to `separate`", "tflop_per_s": "TFLOP/s of 6NnDD", "mhz": "SM MHz"}
+    norms = columns | {"baseline_ratio": "ratio to `torch`", "gb_per_s": "GB/s", "mhz": "SM MHz"}
+    found = {name: [measured(r) for r in rows if r["benchmark"] == name] for name in ("linear_heads", "norm_heads")}
+    return (
+        f"\n## Heads that read one trunk: {path.stem}\n\n{machine(env, path)}\nForward and backward. Linear "
+        "heads: a GEMM each, or one of their stacked parameters, the copies included.\n\n"
+        + table(linear, found["linear_heads"])
+        + "\nHeads that are a norm: a call each, or one that reads the trunk once.\n\n"
+        + table(norms, found["norm_heads"])
     )
 
 

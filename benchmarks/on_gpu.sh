@@ -4,7 +4,7 @@
 # with torch, nvcc, ninja and pybind11, without a network:
 #   MTP_COMMIT=$(git rev-parse HEAD) MTP_DIRTY=0 OUT=results bash benchmarks/on_gpu.sh
 # MTP_COMMIT and MTP_DIRTY (0: as committed, else changed) go into every result; a checkout with its .git needs neither.
-# $OUT gets six plain files and no link: log.txt (every stage under a heading, and how it ended) and the JSON of the checks
+# $OUT gets seven plain files and no link: log.txt (every stage under a heading, and how it ended) and the JSON of the checks
 # and of each benchmark, rewritten as they grow, so that a run that is cut off leaves what it found. Exits with 1 if a stage
 # failed or the checks did not end; a stage that the time does not suffice for is named.
 set -uo pipefail
@@ -50,10 +50,17 @@ capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_c
   note "no CUDA device that torch can use"
   exit 1
 }
-# torch brings a copy of the module `packaging`, which setup.py needs, where the machine has none.
-if ! "$python" -c 'import packaging.version' 2>/dev/null; then
+# setup.py needs the module `packaging`. setuptools brings one from version 71 on; before that, torch's copy has to do. It
+# has not all of the modules, so in front of setuptools' own it would break setuptools.
+if ! "$python" -c 'import setuptools, packaging.version' 2>/dev/null; then
   ln -s "$("$python" -c 'import torch._vendor.packaging as p; print(list(p.__path__)[0])')" "$scratch/packaging"
   PYTHONPATH=$scratch:${PYTHONPATH:-}
+fi
+# torch looks for the toolkit's headers next to nvcc, where a wrapper script named nvcc has none.
+if [ -z "${CUDA_HOME:-}" ] && command -v nvcc >/dev/null; then
+  export CUDA_HOME
+  CUDA_HOME=$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
+  [ -d "$CUDA_HOME/include" ] || unset CUDA_HOME
 fi
 export PYTHONPATH=python:.:${PYTHONPATH:-} PYTHONUNBUFFERED=1 MTP_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
@@ -65,6 +72,7 @@ stage gpu_loss 140 "$python" -m benchmarks.bench_gpu_loss --device cuda --rounds
 stage gpu_peers 50 "$python" -m benchmarks.bench_gpu_peers --device cuda --rounds 10 --out "$out/gpu_peers.json"
 stage row_pass 60 "$python" -m benchmarks.bench_row_pass --device cuda --rounds 20 --out "$out/row_pass.json"
 stage step_memory 40 "$python" -m benchmarks.bench_step_memory --device cuda --rounds 10 --out "$out/step_memory.json"
+stage gpu_heads 25 "$python" -m benchmarks.bench_gpu_heads --device cuda --rounds 10 --out "$out/gpu_heads.json"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \

@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.gpu_sections import gpu_loss_section, peers_section, row_pass_section
+from benchmarks.gpu_sections import gpu_loss_section, heads_section, peers_section, row_pass_section
 from benchmarks.loss_sections import errors_section, loss_section, options_section, sweep_section
 from benchmarks.tables import DOCS, RESULTS, Row, load, machine, on_gpu, table, with_mebibytes
 from benchmarks.variant_sections import training_section, variants_section
@@ -69,6 +69,7 @@ SECTIONS = {
     "gpu_loss": gpu_loss_section,
     "gpu_peers": peers_section,
     "row_pass": row_pass_section,
+    "gpu_heads": heads_section,
 }
 
 

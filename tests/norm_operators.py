@@ -36,8 +36,8 @@ def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     """csrc/kernels/rms_norm.h, in torch."""
     assert x.is_contiguous() and weight.is_contiguous() and weight.dtype == torch.float32
     h = x if residual is None else x + residual
-    rstd = (h.square().mean(-1) + eps).rsqrt()
-    y = (h * rstd[:, None] * weight[:, None]).to(x.dtype)
+    rstd = (h.float().square().mean(-1) + eps).rsqrt()
+    y = (h.float() * rstd[:, None] * weight[:, None]).to(x.dtype)
     return y, x.new_empty(0, x.shape[1]) if residual is None else h.clone(), rstd
 
 
@@ -47,7 +47,7 @@ def norm_backward(
     """Its backward."""
     assert grad_y.is_contiguous() and h.is_contiguous() and (grad_h is None or grad_h.is_contiguous())
     assert grad_y.dtype == h.dtype
-    normed = h * rstd[:, None]
+    normed, grad_y = h.float() * rstd[:, None], grad_y.float()
     g = (weight[:, None] * grad_y).sum(0)
     grad_x = rstd[:, None] * (g - normed * (g * normed).mean(-1, keepdim=True))
     return (grad_x if grad_h is None else grad_x + grad_h).to(h.dtype), (grad_y * normed).sum(1)

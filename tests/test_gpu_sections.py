@@ -76,6 +76,17 @@ def test_the_bandwidths(tmp_path: Path) -> None:
     assert "| 4 | 4096 | 128256 | mtp_ext | 0.5 | 2500.0 | 0.88 | - |" in text
 
 
+def test_heads_together(tmp_path: Path) -> None:
+    shape = {"N": 4096, "n": 4, "D": 1024, "dtype": "bfloat16", "ms_median": 0.25, "peak_extra_bytes": None}
+    rows = [
+        {"benchmark": "linear_heads", **shape, "impl": "stacked", "baseline_ratio": 1.05, "gflop_per_s": 412e3},
+        {"benchmark": "norm_heads", **shape, "impl": "mtp_ext", "baseline_ratio": 1.9, "gb_per_s": 2100.0},
+    ]
+    text = gpu_sections.heads_section(written(tmp_path, "gpu_heads_x.json", rows))
+    assert "| 4096 | 4 | 1024 | stacked | 0.25 | 1.05 | 412 | - |" in text
+    assert "| 4096 | 4 | 1024 | mtp_ext | 0.25 | 1.9 | 2100.0 | - |" in text
+
+
 def test_the_peers_and_who_is_absent(tmp_path: Path) -> None:
     shape = {"N": 8192, "D": 4096, "V": 128256, "dtype": "bfloat16", "peak_extra_bytes": 1 << 30}
     rows = [

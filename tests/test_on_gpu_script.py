@@ -9,17 +9,29 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "on_gpu.sh"
-STAGES = ["build", "checks", "gpu_loss", "gpu_peers", "row_pass", "step_memory", "memcheck", "racecheck", "synccheck"]
+STAGES = [
+    "build",
+    "checks",
+    "gpu_loss",
+    "gpu_peers",
+    "row_pass",
+    "step_memory",
+    "gpu_heads",
+    "memcheck",
+    "racecheck",
+    "synccheck",
+]
 
-# Answers for torch, has no module `packaging` of its own, and writes what a stage is asked to write.
+# Answers for torch, has a setuptools without the module `packaging`, and writes what a stage is asked to write.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *get_device_capability*) echo 9.0; exit "${FAKE_NO_DEVICE:-0}" ;;
-  *import\\ packaging*) exit 1 ;;
+  *import\\ setuptools,\\ packaging*) exit "${FAKE_PACKAGING_STATUS:-1}" ;;
   *_vendor*) mkdir -p "$FAKE_PACKAGING"; echo "$FAKE_PACKAGING"; exit ;;
 esac
 echo "ran $* for arch $TORCH_CUDA_ARCH_LIST"
-ls "$(cut -d: -f3 <<<"$PYTHONPATH")/packaging" >/dev/null || exit 4
+echo "toolkit $CUDA_HOME"
+[ "${FAKE_PACKAGING_STATUS:-1}" = 0 ] || ls "$(cut -d: -f3 <<<"$PYTHONPATH")/packaging" >/dev/null || exit 4
 case "$*" in
   *"${FAKE_FAILS:-nothing}"*) exit 3 ;;
   *"${FAKE_HANGS:-nothing}"*) sleep 60 ;;
@@ -61,7 +73,8 @@ def test_everything_runs_in_order_and_leaves_few_plain_files(tmp_path: Path) -> 
     assert [log.index(f"\n== {name}, ") for name in STAGES] == sorted(log.index(f"\n== {name}, ") for name in STAGES)
     assert "ran setup.py build_ext --inplace for arch 9.0" in log and "synccheck: passed" in shown
     files = sorted(path.name for path in out.iterdir())
-    assert files == ["checks.json", "gpu_loss.json", "gpu_peers.json", "log.txt", "row_pass.json", "step_memory.json"]
+    results = {"checks", "gpu_loss", "gpu_peers", "row_pass", "step_memory", "gpu_heads"}
+    assert files == sorted({"log.txt"} | {f"{name}.json" for name in results})
     assert not any(path.is_symlink() for path in out.rglob("*"))
     assert not list(tmp_path.glob("tmp.*")), "the scratch folder stays behind"
 
@@ -86,6 +99,23 @@ def test_a_stage_that_hangs_is_cut_off_and_the_rest_is_named(tmp_path: Path, han
     assert got == status  # a benchmark without time is no failure; checks that did not end are
     assert next(end for end in found.values() if not end.startswith("passed")).startswith("cut off")
     assert found["synccheck"] == "no time left" and list(found) == STAGES
+
+
+def test_torchs_part_of_packaging_is_not_put_before_a_whole_one(tmp_path: Path) -> None:
+    """setuptools from 71 on brings the module and needs all of it: with torch's in front, the build failed."""
+    status, _, _ = run(tmp_path, FAKE_PACKAGING_STATUS="0")
+    assert status == 0 and not (tmp_path / "vendored").exists()
+
+
+def test_the_toolkit_is_found_behind_a_wrapper_script(tmp_path: Path) -> None:
+    """torch took the folder above the script's for the toolkit, and the build found no header of CUDA's."""
+    (tmp_path / "toolkit" / "include").mkdir(parents=True)
+    (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/toolkit' >&2\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    _, _, out = run(tmp_path, CUDA_HOME="")
+    assert f"\ntoolkit {tmp_path}/toolkit\n" in (out / "log.txt").read_text()
+    _, _, out = run(tmp_path, CUDA_HOME="/somewhere")
+    assert "\ntoolkit /somewhere\n" in (out / "log.txt").read_text()
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

@@ -195,8 +195,9 @@ __global__ void __launch_bounds__(kMergeThreads)
     __syncthreads();
     last = warp_best(bests[lane % kMergeWarps]);
     if (threadIdx.x == 0) {
-      p.top_logits[row * p.top + k] = last.logit;
-      p.top_ids[row * p.top + k] = last.id;
+      const bool found = last.id < p.vocab_size;  // else no more logits are numbers; callers index by what they get
+      p.top_logits[row * p.top + k] = found ? last.logit : NAN;
+      p.top_ids[row * p.top + k] = found ? last.id : 0;
     }
   }
 }

@@ -11,7 +11,8 @@
 // Launch    one block of 512 threads per 256 classes: each warp multiplies 16 classes with all rows on the tensor
 // cores,
 //           the rows' elements in shared memory; then one block per row merges the blocks' results. Deterministic.
-// Numerics  float32 sums; the logits are never rounded.
+// Numerics  float32 sums; the logits are never rounded. A NaN is no logit: it makes lse NaN, and where fewer than k
+//           logits are left, the rest of the row is NaN and class 0.
 // Caller    D a multiple of 8; rows of hidden and weight aligned to 16 bytes; V >= k.
 #pragma once
 #include <cuda_runtime_api.h>

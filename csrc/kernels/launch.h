@@ -33,28 +33,56 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
   return error;
 }
 
-// Enqueues `kernel`; returns the status of the launch.
-template <typename... Formal, typename... Actual>
-cudaError_t launch_kernel(void (*kernel)(Formal...), const LaunchShape& shape, cudaStream_t stream,
-                          Actual&&... arguments) {
-  if (shape.shared_bytes > kSharedBytesWithoutPermission) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+// Lets a kernel have the shared memory of a shape. It gets all that the device has, whatever the shape needs: with the
+// shape's own bytes, two host threads that launch one kernel with two sizes would take each other's permission away.
+template <typename... Formal>
+cudaError_t permit_shared_memory(void (*kernel)(Formal...), const LaunchShape& shape) {
+  if (shape.shared_bytes <= kSharedBytesWithoutPermission) return cudaSuccess;
+  DeviceLimits limits;
+  const cudaError_t error = device_limits(&limits);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(limits.shared_per_block));
+}
+
+// The runtime's description of a launch. `attribute` has to live as long as the result.
+inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t stream, cudaLaunchAttribute* attribute) {
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
   if (shape.cluster > 1) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = shape.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
+    attribute->id = cudaLaunchAttributeClusterDimension;
+    attribute->val.clusterDim.x = shape.cluster;
+    attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+    config.attrs = attribute;
     config.numAttrs = 1;
   }
+  return config;
+}
+
+// Whether the current device can run a cluster of this shape; a partition with too few multiprocessors cannot. Asked
+// beforehand: a launch that is captured in a graph does not fail before the graph is made, if then.
+template <typename... Formal>
+bool clusters_fit(void (*kernel)(Formal...), const LaunchShape& shape) {
+  cudaLaunchAttribute attribute{};
+  const cudaLaunchConfig_t config = launch_config(shape, nullptr, &attribute);
+  int clusters = 0;
+  cudaError_t error = permit_shared_memory(kernel, shape);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error != cudaSuccess) cudaGetLastError();  // an answer, not a failure
+  return error == cudaSuccess && clusters > 0;
+}
+
+// Enqueues `kernel`; returns the status of the launch.
+template <typename... Formal, typename... Actual>
+cudaError_t launch_kernel(void (*kernel)(Formal...), const LaunchShape& shape, cudaStream_t stream,
+                          Actual&&... arguments) {
+  const cudaError_t error = permit_shared_memory(kernel, shape);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  const cudaLaunchConfig_t config = launch_config(shape, stream, &attribute);
   return cudaLaunchKernelEx(&config, kernel, std::forward<Actual>(arguments)...);
 }
 

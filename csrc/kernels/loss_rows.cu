@@ -38,36 +38,31 @@ CachePlan plan_cache(int64_t vocab_size, int width, const DeviceLimits& limits) 
   return {};
 }
 
-using LossKernel = void (*)(LossRowsParams<float>, int64_t);
-
-cudaError_t launch(LossKernel kernel, const LossRowsParams<float>& p, int64_t num_rows, unsigned cluster,
-                   size_t shared_bytes, cudaStream_t stream) {
+LaunchShape shape_of(int64_t num_rows, unsigned cluster, size_t shared_bytes) {
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(num_rows * cluster));
   shape.block = dim3(kLossThreads);
   shape.shared_bytes = shared_bytes;
   shape.cluster = cluster;
-  return launch_kernel(kernel, shape, stream, p, num_rows);
+  return shape;
 }
 
 template <typename scalar_t, Logits kLogits>
 cudaError_t launch_row_kernel(const LossRowsParams<float>& p, int64_t num_rows, cudaStream_t stream) {
   if (p.stage == Stage::kWhole && p.gradient == Gradient::kWrite) {
     DeviceLimits limits;
-    cudaError_t error = device_limits(&limits);
+    const cudaError_t error = device_limits(&limits);
     if (error != cudaSuccess) return error;
     const CachePlan plan = plan_cache(p.vocab_size, kVectorWidth<scalar_t>, limits);
+    const LaunchShape shape = shape_of(num_rows, plan.blocks, plan.shared_bytes);
     if (plan.blocks == 1)
-      return launch(loss_rows_cached_kernel<scalar_t, kLogits, Blocks::kOne>, p, num_rows, 1, plan.shared_bytes,
-                    stream);
-    if (plan.blocks > 1) {
-      error = launch(loss_rows_cached_kernel<scalar_t, kLogits, Blocks::kCluster>, p, num_rows, plan.blocks,
-                     plan.shared_bytes, stream);
-      if (error == cudaSuccess) return error;
-      cudaGetLastError();  // a partition with too few multiprocessors refuses clusters: read twice there
-    }
+      return launch_kernel(loss_rows_cached_kernel<scalar_t, kLogits, Blocks::kOne>, shape, stream, p, num_rows);
+    const auto in_cluster = loss_rows_cached_kernel<scalar_t, kLogits, Blocks::kCluster>;
+    if (plan.blocks > 1 && clusters_fit(in_cluster, shape))
+      return launch_kernel(in_cluster, shape, stream, p, num_rows);
   }
-  return launch(loss_rows_streaming_kernel<scalar_t, kLogits>, p, num_rows, 1, sizeof(StreamingRowScratch), stream);
+  const LaunchShape shape = shape_of(num_rows, 1, sizeof(StreamingRowScratch));
+  return launch_kernel(loss_rows_streaming_kernel<scalar_t, kLogits>, shape, stream, p, num_rows);
 }
 
 template <typename scalar_t>

@@ -21,7 +21,9 @@ inline cudaStream_t current_stream(const Tensor& x) {
 }
 
 inline void check_launch(cudaError_t error, const char* name) {
-  STD_TORCH_CHECK(error == cudaSuccess, name, ": the kernel could not be launched: ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else torch would find the error after its next launch, and blame that
+  STD_TORCH_CHECK(false, name, ": the kernel could not be launched: ", cudaGetErrorString(error));
 }
 
 // The dispatcher looks at one argument; a kernel that is given another device's pointer corrupts memory.

@@ -116,6 +116,26 @@ def memory_that_runs_out_leaves_everything_usable(device: torch.device) -> None:
 
 
 @check()
+def a_row_is_read_once(device: torch.device) -> None:
+    """In one block, or in a cluster: where a cluster is refused the result is the same, and only the time tells."""
+    if torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        raise CannotRun("the shared memory of other devices holds other rows")
+    for vocab in (32000, 128256):
+        hidden, targets = (
+            torch.randn(64, D, device=device).bfloat16(),
+            torch.zeros(64, dtype=torch.int64, device=device),
+        )
+        weight = torch.randn(vocab, D, device=device).bfloat16().requires_grad_()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            step(hidden.requires_grad_(), weight, targets)
+            torch.cuda.synchronize(device)
+        kernels = [event.key for event in profiler.key_averages() if "loss_rows_" in event.key]
+        if not kernels:
+            raise CannotRun("the profiler sees no kernels here")
+        assert all("loss_rows_cached_kernel" in kernel for kernel in kernels), (vocab, kernels)
+
+
+@check()
 def compiled_equals_eager(device: torch.device) -> None:
     inputs = operands(device)
     try:

@@ -101,6 +101,17 @@ void test_ties() {
   for (size_t i = 0; i < 12; ++i) CHECK(c.top_ids[i] == expected[i % 4] && c.top_logits[i] == 16.0f);
 }
 
+// What is no number is no class either, but an id is always one that a caller may index by.
+void test_nan() {
+  Case<__nv_bfloat16> c(2, 300, 16, 3, 1);
+  const auto nan = Element<__nv_bfloat16>::store(NAN);
+  std::fill(c.hidden.begin(), c.hidden.begin() + 16, nan);
+  std::fill(c.weight.begin() + 16, c.weight.end(), nan);  // class 0 alone has logits, in the second row
+  CHECK(mtp::launch_decode(c.params, nullptr) == cudaSuccess);
+  for (size_t i = 0; i < 6; ++i) CHECK(c.top_ids[i] == 0 && std::isnan(c.top_logits[i]) == (i != 3));
+  CHECK(std::isnan(c.lse[0]) && std::isnan(c.lse[1]));
+}
+
 void test_limits() {
   const Case<__half> c(2, 300, 16, 2, 1);
   const auto status = [&](auto change) {
@@ -127,6 +138,7 @@ int main() {
   for (const int64_t width : {8, 32, 256, 1032}) run<__half>(5, 300, width, 5);
   run<__nv_bfloat16>(4, 16, 64, 16);
   test_ties();
+  test_nan();
   test_limits();
   return check::summary();
 }

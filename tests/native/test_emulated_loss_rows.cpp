@@ -292,7 +292,8 @@ void run_limits() {
   CHECK(emulator::launch_record().launches == launches);
 }
 
-// sm_80 has no clusters, and a small partition of a newer device refuses them: the row is read twice.
+// sm_80 has no clusters, and a small partition of a newer device cannot run one: the row is read twice. Nothing is
+// tried first: a launch that fails while a graph is captured may fail only once the graph is made.
 void run_without_clusters() {
   const Problem p(128256, 1, 1, Options{}, rounded<__nv_bfloat16>, 3);
   for (const int major : {8, 9}) {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mtp_ext.ops import decode
+from mtp_ext.ops import checks
 from mtp_ext.ops.decode import largest_logits, top_classes, uses_kernel
 
 
@@ -66,15 +66,15 @@ def takes(rows: int = 64, width: int = 16, k: int = 16, dtype: torch.dtype = tor
 
 
 def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "_BUILT", True)
+    monkeypatch.setattr(checks, "_BACKENDS", ("cpu", "cuda"))
     assert takes() and takes(dtype=torch.float16) and takes(rows=1, k=1)
     assert not takes(rows=65) and not takes(k=17) and not takes(width=12) and not takes(dtype=torch.float32)
-    monkeypatch.setattr(decode, "_BUILT", False)
+    monkeypatch.setattr(checks, "_BACKENDS", ("cpu",))
     assert not takes()
 
 
 def test_fake_cuda_tensors_trace_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "_BUILT", True)
+    monkeypatch.setattr(checks, "_BACKENDS", ("cpu", "cuda"))
     for rows, dtype in ((5, torch.bfloat16), (5, torch.float32), (65, torch.bfloat16)):
         with FakeTensorMode():
             weight = torch.empty(50, 16, dtype=dtype, device="cuda")

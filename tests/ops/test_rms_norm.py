@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mtp_ext.ops import checks
 from mtp_ext.ops import rms_norm as module
 from mtp_ext.ops.rms_norm import rms_norm, rms_norm_heads, uses_kernel
 from tests.norm_operators import norms_by_operators
@@ -123,7 +124,7 @@ def takes(*shape: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: st
 
 
 def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BUILT", True)
+    monkeypatch.setattr(checks, "_BACKENDS", ("cpu", "cuda"))
     for dtype in KERNEL_DTYPES:
         assert takes(2, 3, 16, dtype=dtype, weight_dtype=torch.float32)
         assert takes(2, 3, 16, dtype=dtype, weight_dtype=dtype)
@@ -133,13 +134,13 @@ def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not takes(2, 12, dtype=torch.bfloat16, weight_dtype=torch.float32), "24 bytes are no whole vectors"
     assert not takes(2, 2 * module.LARGEST_WIDTH, dtype=torch.bfloat16, weight_dtype=torch.float32)
     assert not takes(2, 16, dtype=torch.float32, weight_dtype=torch.float32, device="cpu")
-    monkeypatch.setattr(module, "_BUILT", False)
+    monkeypatch.setattr(checks, "_BACKENDS", ("cpu",))
     assert not takes(2, 16, dtype=torch.float32, weight_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_fake_cuda_tensors_trace_the_kernels_path(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(module, "_BUILT", True)
+    monkeypatch.setattr(checks, "_BACKENDS", ("cpu", "cuda"))
     with FakeTensorMode(), torch.no_grad():
         x, weights = torch.empty(2, 3, 16, dtype=dtype, device="cuda"), torch.empty(4, 16, device="cuda")
         y, h = rms_norm_heads(x, weights, EPS, x)

@@ -13,6 +13,7 @@ from mtp_ext.nn.targets import Targets
 from mtp_ext.ops import metrics, reference
 from mtp_ext.ops.autocast import autocast_dtype
 from mtp_ext.ops.checks import check_targets_in_range
+from mtp_ext.ops.device_rows import constants
 from mtp_ext.ops.head_loss import HeadLossAccumulator
 from mtp_ext.ops.result import MultiTokenLoss
 from mtp_ext.ops.row_kernels import RowOptions, RowTargets, select_rows
@@ -139,11 +140,14 @@ class OneRowLoss:
         self._head_weights = torch.ones(heads.n_heads, dtype=wide, device=hidden.device)
         if targets.head_weights is not None:
             self._head_weights = targets.head_weights.detach().to(wide)
-        per_head = isinstance(targets.normalizer, str)
-        count = self._n_valid.to(wide) if per_head else torch.as_tensor(targets.normalizer).to(self._head_weights)
+        normalizer, count = targets.normalizer, self._n_valid.to(wide)
+        if isinstance(normalizer, Tensor):
+            count = normalizer.to(self._head_weights)
+        elif not isinstance(normalizer, str):
+            count = torch.full_like(count, normalizer)
         positive = count != 0  # a head without targets has loss 0
         self._denominator = count.where(positive, 1).expand(heads.n_heads)
-        ran = torch.tensor([k in targets.active for k in range(1, heads.n_heads + 1)], device=hidden.device)
+        ran = constants([k in targets.active for k in range(1, heads.n_heads + 1)], torch.bool, hidden.device)
         self._counts = self._valid & (ran & positive)[:, None, None]
         self._scale = (self._head_weights / self._denominator)[:, None, None] * self._counts  # [n, B, S], a_k
         self._accumulator = HeadLossAccumulator(
@@ -193,9 +197,11 @@ class OneRowLoss:
         weight = self._weight
         for k in sorted(self._active):
             counts = self._counts[k - 1]
-            index = self._targets[k - 1].where(counts, 0)
+            wanted = self._targets[k - 1].where(counts, 0)
+            index = wanted.clamp(0, len(weight) - 1)
             vectors = weight[index].to(self._dtype).to(lse.dtype)  # [B, S, D]
-            logits = (rows * vectors).sum(-1)
+            # On a GPU nobody has looked whether a target is a class; one that is not makes the loss NaN.
+            logits = (rows * vectors).sum(-1).where(wanted == index, float("nan"))
             slope = -self._scale[k - 1]
             if self._softcap is not None:
                 capped = torch.tanh(logits / self._softcap)

@@ -110,7 +110,7 @@ def scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad * by`` as ``dtype``, ``by`` 0-d and of 32 bits or more; never in place: a backward may run again."""
     if not torch.compiler.is_compiling() and by.device.type == "cpu" and by.item() == 1.0:
         return grad.to(dtype)
-    if grad.is_cuda and grad.dtype != torch.float64:
+    if grad.is_cuda and torch.float64 not in (grad.dtype, dtype):  # the kernel has no float64
         return scaled_on_device(grad, by, dtype)
     # Not in 16 bits: a loss scale of 65536 is infinite in float16.
     wide = grad if grad.dtype.itemsize > 2 else grad.to(by.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Sequence
 
 import torch
@@ -15,6 +14,12 @@ from mtp_ext.ops.dtensor import is_dtensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
 REDUCTIONS = ("mean", "sum", "none")
+# The device types that this build has kernels for. A module's constant: torch.compile cannot trace the question.
+_BACKENDS = tuple(
+    device
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key("mtp_ext::_loss_rows_", key)
+)
 
 
 def describe(x: object) -> str:
@@ -128,20 +133,18 @@ def check_same_dtype(hidden_dtype: torch.dtype, name: str, x: Tensor, autocast: 
         raise TypeError(f"{name} must have hidden's dtype {expected} outside autocast, got {describe(x)}")
 
 
+def built_for(device_type: str) -> bool:
+    """Whether this build has kernels for ``"cpu"`` or ``"cuda"`` tensors."""
+    return device_type in _BACKENDS
+
+
 def check_backend(device: torch.device) -> None:
     """Raises RuntimeError where no kernel was built for ``device``."""
-    if device.type not in _backends():
+    if not built_for(device.type):
         raise RuntimeError(
-            f"mtp_ext has no kernels for {device.type} tensors in this build (it has: {', '.join(_backends())}); for "
+            f"mtp_ext has no kernels for {device.type} tensors in this build (it has: {', '.join(_BACKENDS)}); for "
             "CUDA, reinstall where torch has CUDA and nvcc exists: MTP_EXT_CUDA=1 pip install --no-build-isolation ."
         )
-
-
-@functools.cache
-def _backends() -> tuple[str, ...]:
-    keys = {"cpu": "CPU", "cuda": "CUDA"}
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return tuple(device for device, key in keys.items() if has("mtp_ext::_loss_rows_", key))
 
 
 def check_targets_in_range(labels: Tensor, first_invalid: Tensor, vocab_size: int, ignore_index: int) -> None:

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_ext.ops.checks import built_for
 from mtp_ext.ops.dtensor import is_dtensor
 
 # Of the decoding kernel (csrc/kernels/decode.h); other calls are a GEMM.
 LARGEST_ROWS = 64
 LARGEST_TOP = 16
-_BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("mtp_ext::_decode", "CUDA")
 
 
 class TopClasses(NamedTuple):
@@ -61,7 +61,7 @@ def uses_kernel(hidden: Tensor, weight: Tensor, k: int) -> bool:
     """Whether the one-pass kernel takes the call."""
     return (
         hidden.is_cuda
-        and _BUILT
+        and built_for("cuda")
         and hidden.dtype == weight.dtype
         and hidden.dtype in (torch.bfloat16, torch.float16)
         and not is_dtensor(hidden)

@@ -13,15 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtp_ext.ops.checks import check_shape, describe
+from mtp_ext.ops.checks import built_for, check_shape, describe
 from mtp_ext.ops.dtensor import is_dtensor
 
 # A row as float32 must fit the shared memory of a block: 99 KiB on the smallest device that the kernels are built for.
 LARGEST_WIDTH = 16384
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _VECTOR_BYTES = 16
-# A module's constant: torch.compile cannot trace the question.
-_BUILT = torch._C._dispatch_has_kernel_for_dispatch_key("mtp_ext::_rms_norm_heads", "CUDA")
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -131,7 +129,7 @@ def uses_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel takes ``x [..., D]`` with these weights ``[..., D]``."""
     return (
         x.is_cuda
-        and _BUILT
+        and built_for("cuda")
         and x.dtype in _KERNEL_DTYPES
         and weight.dtype in (torch.float32, x.dtype)
         and weight.device == x.device

@@ -88,6 +88,17 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Formal...), cudaFuncAttribute, i
   return cudaSuccess;
 }
 
+// How many clusters of this shape run at once; a kernel without permission for its shared memory runs in none.
+template <typename... Formal>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Formal...), const cudaLaunchConfig_t* config) {
+  const unsigned size = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
+  *clusters = 0;
+  if (emulator::device().compute_capability_major < 9 || size > 8) return emulator::record(cudaErrorInvalidClusterSize);
+  if (config->dynamicSmemBytes > emulator::shared_limit(reinterpret_cast<const void*>(kernel))) return cudaSuccess;
+  if (!emulator::device().refuses_clusters) *clusters = static_cast<int>(132 / size);
+  return cudaSuccess;
+}
+
 template <typename... Formal, typename... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Formal...), Actual&&... arguments) {
   const unsigned cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;

@@ -1,0 +1,100 @@
+"""The Python code that only runs on a GPU, on a CPU whose tensors say that they are on one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given
+
+from mtp_ext.ops import linear_cross_entropy, multi_token_cross_entropy
+from mtp_ext.ops.decode import top_classes
+from tests.gpu.model_checks import VOCAB, gradients, make_model
+from tests.ops.cases import Call, assert_no_worse_than_eager, calls, largest, run
+from tests.pretend_cuda import pretend_cuda
+
+
+@given(calls())
+def test_any_call(call: Call) -> None:
+    """In float32 no worse than eager torch. 16-bit logits, which the CPU holds in float32, are rounded here."""
+    assume(call.dtype != torch.float64)
+    with pretend_cuda():
+        ours = run(call, call.dtype, ours=True)
+    if call.dtype == torch.float32:
+        return assert_no_worse_than_eager(call, ours)
+    expected = run(call, call.dtype, ours=True)
+    for found, exact in ((ours.values, expected.values), (ours.grads, expected.grads)):
+        assert found.keys() == exact.keys()
+        for name, x in found.items():
+            assert x.dtype == exact[name].dtype and x.shape == exact[name].shape and bool(x.isfinite().all()), name
+            bound = 100 * torch.finfo(call.dtype).eps * (1 + largest(exact[name].detach().abs()))
+            assert largest((x - exact[name]).detach().abs()) <= bound, name
+
+
+def test_head_weights_that_are_numbers_have_a_backward() -> None:
+    """They are held in float64, and their gradient, which nobody wants, was asked of a kernel that has no float64."""
+    leaves = [torch.randn(2, 1, 4, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)]
+    arguments = (torch.randint(11, (1, 6)), [1.0, 0.5])
+
+    def grads() -> tuple[torch.Tensor, ...]:
+        loss = multi_token_cross_entropy(*leaves, arguments[0], head_weights=arguments[1]).loss
+        return torch.autograd.grad(loss, leaves)
+
+    expected = grads()
+    with pretend_cuda():
+        found = grads()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_sum_into_a_buffer() -> None:
+    hidden, weight = torch.randn(9, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    buffers = [torch.full((11, 8), 3.0) for _ in range(2)]
+    targets = torch.randint(11, (9,))
+    linear_cross_entropy(hidden, weight, targets, grad_weight_out=buffers[0]).backward()
+    with pretend_cuda():
+        linear_cross_entropy(hidden, weight, targets, grad_weight_out=buffers[1], chunk_rows=4).backward()
+    torch.testing.assert_close(*buffers)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "joint"])
+@pytest.mark.parametrize("variant", ["parallel", "linear", "replicated", "causal", "sequential_modules", "shared"])
+def test_a_models_step(variant: str, schedule: str) -> None:
+    model = make_model(torch.device("cpu"), variant=variant)
+    expected = gradients(model, "autograd")
+    with pretend_cuda():
+        found = gradients(model, schedule)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 + 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("normalizer", ["per_head", 7.0])
+def test_the_heads_of_one_row_look_at_no_target(normalizer: str | float) -> None:
+    """One that is no class was an index into the unembedding: an assertion on the device ends the process."""
+    model = make_model(torch.device("cpu"), variant="shared")
+    labels = torch.randint(VOCAB, (2, 12))
+    expected = model(labels[:, :9], labels, normalizer=normalizer).loss
+    with pretend_cuda():
+        found = model(labels[:, :9], labels, normalizer=normalizer).loss
+        labels[1, 4] = VOCAB
+        bad = model(labels[:, :3], labels, normalizer=normalizer).loss
+    torch.testing.assert_close(found, expected)
+    assert bad.isnan()
+
+
+@pytest.mark.parametrize("rows", [3, 65])
+def test_decoding(rows: int) -> None:
+    hidden, weight = torch.randn(rows, 16, dtype=torch.bfloat16), torch.randn(50, 16, dtype=torch.bfloat16)
+    expected = top_classes(hidden.float(), weight.float(), 1)
+    with pretend_cuda():
+        found = top_classes(hidden, weight, 1)
+    assert found.ids.shape == (rows, 1) and found.ids.dtype == torch.int64
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0.01, atol=0.01)
+
+
+def test_what_would_make_the_host_wait_raises() -> None:
+    x = torch.ones(2)
+    with pretend_cuda():
+        assert x.is_cuda and not x.is_cpu and x.device.type == "cuda" and torch.ones(2, device="cuda").is_cuda
+        for wait in (lambda: x[0].item(), x.tolist, lambda: bool(x[0] > 0), lambda: torch.tensor([1], device=x.device)):
+            with pytest.raises(AssertionError, match="wait"):
+                wait()
+    assert not x.is_cuda

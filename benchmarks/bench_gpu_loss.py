@@ -1,7 +1,8 @@
 """The fused loss at training sizes against the three bare GEMMs, over widths, vocabularies, chunks and heads.
 
 16384 rows in all, in bfloat16; ``gemms`` accumulates the weight's gradient in float32 as the loss does, and does
-nothing else. ``python -m benchmarks.bench_gpu_loss --device cuda --rounds 10 --out benchmarks/results/FILE.json``
+nothing else. Last, a batch with a target in every other row, with and without a bound that the host knows.
+``python -m benchmarks.bench_gpu_loss --device cuda --rounds 10 --out benchmarks/results/FILE.json``
 """
 
 from __future__ import annotations
@@ -70,14 +71,35 @@ def cases_of(n_rows: int, heads: int, width: int, vocab: int, device: str, chunk
         yield case(f"mtp_ext_chunk_{chunk}", fn=partial(fused, chunk, hidden, weight, labels))
 
 
+def half_ignored(max_valid: int | None, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    loss = mtp_ext.linear_cross_entropy(hidden, weight, targets, max_valid=max_valid)
+    assert isinstance(loss, Tensor)
+    return torch.autograd.grad(loss, (hidden, weight))
+
+
+def bound_cases(n_rows: int, width: int, vocab: int, device: str) -> Iterator[Case]:
+    """Every other row is ignored: what a GPU saves that is told so."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n_rows, width, generator=generator, device=device, dtype=dtype).requires_grad_()
+    weight = torch.randn(vocab, width, generator=generator, device=device, dtype=dtype).mul_(0.05).requires_grad_()
+    targets = torch.randint(vocab, (n_rows,), generator=generator, device=device)
+    targets[::2] = -100
+    for impl, max_valid in (("every_row", None), ("max_valid", n_rows // 2)):
+        fn = partial(half_ignored, max_valid, hidden, weight, targets)
+        yield Case("gpu_half_ignored", impl, {"N": n_rows, "D": width, "V": vocab}, fn)
+
+
 def cases(device: str, quick: bool) -> Iterator[Case]:
     if quick or device == "cpu":
         for heads in (1, 4):
             yield from cases_of(64, heads, 32, 1000, device, (16, 32))
+        yield from bound_cases(64, 32, 1000, device)
         return
     sizes = itertools.product(SHAPES, (1, 4))
     yield from each(partial(cases_of, N_ROWS, heads, *shape, device, CHUNKS) for shape, heads in sizes)
+    yield from each([partial(bound_cases, N_ROWS, 4096, 32000, device)])
 
 
 if __name__ == "__main__":
-    main(cases, baseline="gemms", description=__doc__)
+    main(cases, baseline=("gemms", "every_row"), description=__doc__)

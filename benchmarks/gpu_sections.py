@@ -52,7 +52,9 @@ def ratio_picture(rows: Sequence[Row], target: Path) -> None:
 
 def gpu_loss_section(path: Path) -> str:
     """Against the bare GEMMs over widths, vocabularies, chunks and heads."""
-    env, rows = load(path)
+    env, every = load(path)
+    rows = [r for r in every if r["benchmark"] != "gpu_half_ignored"]
+    bound = [r for r in every if r["benchmark"] == "gpu_half_ignored"]
     picture = DOCS / f"{path.stem}.png"
     ratio_picture(rows, picture)
     columns = {
@@ -74,6 +76,23 @@ def gpu_loss_section(path: Path) -> str:
         f"{dtype}, forward and backward. Extra memory is what a call allocates beyond what stands before it; NVML's "
         "figure is the highest while the shape was timed, of the process, or of the device where it tells no more. The "
         f"dashed line is the bar of the design for a Hopper GPU.\n\n![Ratio to the bare GEMMs]({picture.name})\n\n"
+        + table(columns, map(measured, rows))
+        + (_bound_table(bound) if bound else "")
+    )
+
+
+def _bound_table(rows: Sequence[Row]) -> str:
+    columns = {
+        "N": "N",
+        "D": "D",
+        "V": "V",
+        "impl": "implementation",
+        "ms_median": "ms",
+        "baseline_ratio": "ratio to `every_row`",
+        "extra_mib": "extra MiB",
+    }
+    return (
+        "\nA target in every other row: all rows multiplied, or as many as the caller's `max_valid` says.\n\n"
         + table(columns, map(measured, rows))
     )
 

@@ -62,6 +62,14 @@ def test_the_loss_stands_next_to_its_bars(tmp_path: Path, docs: Path) -> None:
     assert (docs / "gpu_loss_x.png").stat().st_size > 10_000
 
 
+def test_rows_without_a_target_have_a_table_of_their_own(tmp_path: Path) -> None:
+    row = {"benchmark": "gpu_half_ignored", "N": 16384, "D": 4096, "V": 32000, "peak_extra_bytes": 1 << 30}
+    rows = [{**row, "impl": "max_valid", "ms_median": 9.5, "baseline_ratio": 1.9}]
+    text = gpu_sections.gpu_loss_section(written(tmp_path, "gpu_loss_x.json", loss_rows() + rows))
+    assert "| 16384 | 4096 | 32000 | max_valid | 9.5 | 1.9 | 1024 |" in text
+    assert "every other row" not in gpu_sections.gpu_loss_section(written(tmp_path, "gpu_loss_x.json", loss_rows()))
+
+
 def test_a_file_without_a_measured_shape_still_has_a_section(tmp_path: Path) -> None:
     text = gpu_sections.gpu_loss_section(written(tmp_path, "gpu_loss.json", loss_rows()[-1:], dirty=True))
     assert "OutOfMemoryError" in text and "with uncommitted changes" in text

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 LARGEST_FLOAT16_SCALE = 4096.0
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def counts_stay_on(device: torch.device) -> bool:
@@ -107,9 +108,11 @@ def scaled_on_device(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.register_fake("mtp_ext::_column_sum_")  # type: ignore[untyped-decorator]
 def _(x: Tensor, out: Tensor, accumulate: bool) -> None:
-    return None
+    if x.dtype not in KERNEL_DTYPES or out.dtype != torch.float32:
+        raise TypeError(f"no kernel sums {x.dtype} to {out.dtype}")
 
 
 @torch.library.register_fake("mtp_ext::_scale_into_")  # type: ignore[untyped-decorator]
 def _(x: Tensor, scale: Tensor, out: Tensor) -> None:
-    return None
+    if not {x.dtype, out.dtype} <= set(KERNEL_DTYPES):
+        raise TypeError(f"no kernel scales {x.dtype} to {out.dtype}")

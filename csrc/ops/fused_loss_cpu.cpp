@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "cpu/capability.h"
 #include "cpu/column_sum.h"
@@ -51,25 +52,53 @@ class FusedLoss {
     check();
   }
 
-  FusedLossResult run() {
-    rows_ = empty_cpu({heads_ * head_rows_}, ScalarType::Long);
-    n_valid_ = empty_cpu({heads_}, ScalarType::Long);
-    const int64_t invalid =
-        select_rows(rule_, heads_, vocab_, rows_.mutable_data_ptr<int64_t>(), n_valid_.mutable_data_ptr<int64_t>());
-    if (invalid >= 0) return {n_valid_, n_valid_, n_valid_, n_valid_, n_valid_, n_valid_, n_valid_, invalid};
-    offsets_.assign(1, 0);
-    for (int64_t k = 0; k < heads_; ++k) offsets_.push_back(offsets_.back() + n_valid_.const_data_ptr<int64_t>()[k]);
+  // The flat index into labels of a target that is no class, and nothing else is computed; or -1.
+  int64_t run() {
+    rows_.reset(new int64_t[static_cast<size_t>(heads_ * head_rows_)]);
+    std::vector<int64_t> counts(static_cast<size_t>(heads_));
+    const int64_t invalid = select_rows(rule_, heads_, vocab_, rows_.get(), counts.data());
+    if (invalid >= 0) return invalid;
+    for (const int64_t count : counts) offsets_.push_back(offsets_.back() + count);
     make_tables();
     set_scales();
     set_row_pass();
     run_heads();
-    return finish();
+    for (int64_t k = 0; k < heads_; ++k)
+      head_loss_.push_back(weigh_losses(rule_, rows(offsets_[k]), count(k), losses_.mutable_data_ptr<acc_t>()) /
+                           divisor(k));
+    return -1;
+  }
+
+  // What follows is good after a run() that returned -1.
+  Tensor loss() const {
+    double total = 0.0;
+    for (int64_t k = 0; k < heads_; ++k) total += head_loss_[k] * head_weight(k);
+    return filled<acc_t>({}, kAcc, [&](int64_t) { return total; });
+  }
+
+  FusedLossResult result() const {
+    return {loss(),
+            filled<acc_t>({heads_}, kAcc, [&](int64_t k) { return head_loss_[k]; }),
+            filled<int64_t>({heads_}, ScalarType::Long, [&](int64_t k) { return count(k); }),
+            filled<acc_t>({heads_}, kAcc, [&](int64_t k) { return denominators_[k]; }),
+            losses_,
+            lse_,
+            predicted_,
+            -1};
   }
 
  private:
   static constexpr ScalarType kAcc = sizeof(acc_t) == 8 ? ScalarType::Double : ScalarType::Float;
 
-  const int64_t* rows(int64_t i) const { return rows_.const_data_ptr<int64_t>() + i; }
+  template <typename scalar_t, typename Value>
+  static Tensor filled(std::initializer_list<int64_t> sizes, ScalarType dtype, const Value& value) {
+    Tensor x = empty_cpu(sizes, dtype);
+    const int64_t numel = x.numel();
+    for (int64_t i = 0; i < numel; ++i) x.mutable_data_ptr<scalar_t>()[i] = static_cast<scalar_t>(value(i));
+    return x;
+  }
+
+  const int64_t* rows(int64_t i) const { return rows_.get() + i; }
   int64_t count(int64_t head) const { return offsets_[head + 1] - offsets_[head]; }
 
   void check() const {
@@ -92,14 +121,15 @@ class FusedLoss {
     if (a_.head_weights.has_value()) check_vector(*a_.head_weights, heads_, ScalarType::Double, "head_weights");
   }
 
-  // Rows that do not count keep 0, 0 and -1.
+  // Rows that do not count keep 0, 0 and -1, where somebody reads them.
   void make_tables() {
     const int64_t all = heads_ * head_rows_;
-    loss_ = empty_cpu({all}, kAcc);
+    losses_ = empty_cpu({all}, kAcc);
+    if (a_.tables == Tables::kNone) return;
     lse_ = empty_cpu({all}, kAcc);
     predicted_ = empty_cpu({all}, ScalarType::Int);
     if (offsets_.back() == all) return;
-    zero(loss_);
+    zero(losses_);
     zero(lse_);
     std::fill_n(predicted_.mutable_data_ptr<int32_t>(), all, -1);
   }
@@ -142,15 +172,16 @@ class FusedLoss {
     row_pass_.row_stride = row_pass_.vocab_size = vocab_;
     row_pass_.targets = rule_;
     row_pass_.head_scale = head_scale_.data();
-    row_pass_.row_scale = optional(a_.row_scale, loss_.numel(), "row_scale");
-    row_pass_.lse_grad = optional(a_.lse_grad, loss_.numel(), "lse_grad");
+    row_pass_.row_scale = optional(a_.row_scale, losses_.numel(), "row_scale");
+    row_pass_.lse_grad = optional(a_.lse_grad, losses_.numel(), "lse_grad");
     row_pass_.class_weights = class_weights();
     row_pass_.bias = optional(a_.bias, vocab_, "bias");
     row_pass_.logit_scale = a_.logit_scale;
     row_pass_.softcap = a_.softcap;
     row_pass_.options = {a_.label_smoothing, a_.z_loss, class_weight_sum, vocab_};
     row_pass_.stage = Stage::kWhole;
-    row_pass_.loss = loss_.mutable_data_ptr<acc_t>();
+    row_pass_.loss = losses_.mutable_data_ptr<acc_t>();
+    if (a_.tables == Tables::kNone) return;
     row_pass_.lse = lse_.mutable_data_ptr<acc_t>();
     row_pass_.predicted = predicted_.mutable_data_ptr<int32_t>();
   }
@@ -293,30 +324,35 @@ class FusedLoss {
     });
   }
 
-  FusedLossResult finish() {
-    Tensor loss = empty_cpu({}, kAcc), head_loss = empty_cpu({heads_}, kAcc), denominators = empty_cpu({heads_}, kAcc);
-    double total = 0.0;
-    for (int64_t k = 0; k < heads_; ++k) {
-      const double sum = weigh_losses(rule_, rows(offsets_[k]), count(k), loss_.mutable_data_ptr<acc_t>());
-      head_loss.mutable_data_ptr<acc_t>()[k] = static_cast<acc_t>(sum / divisor(k));
-      denominators.mutable_data_ptr<acc_t>()[k] = static_cast<acc_t>(denominators_[k]);
-      total += sum / divisor(k) * head_weight(k);
-    }
-    *loss.mutable_data_ptr<acc_t>() = static_cast<acc_t>(total);
-    return {loss, head_loss, n_valid_, denominators, loss_, lse_, predicted_, -1};
-  }
-
   const FusedLossArguments& a_;
   const TargetRule rule_;
   const int64_t heads_, head_rows_, vocab_;
   const bool replicated_;
-  Tensor rows_, n_valid_, loss_, lse_, predicted_;
-  std::vector<int64_t> offsets_;
-  std::vector<double> denominators_;
+  std::unique_ptr<int64_t[]> rows_;
+  std::vector<int64_t> offsets_{0};  // of each head in rows_
+  Tensor losses_, lse_, predicted_;
+  std::vector<double> denominators_, head_loss_;
   std::vector<acc_t> head_scale_;
   LossRowsParams<acc_t> row_pass_{};
   Tensor picked_, rounded_, widened_, product_, narrowed_;
 };
+
+template <typename acc_t>
+FusedLossResult all_results(const FusedLossArguments& arguments) {
+  FusedLoss<acc_t> fused(arguments);
+  const int64_t invalid = fused.run();
+  if (invalid < 0) return fused.result();
+  const Tensor none = empty_cpu({0}, ScalarType::Float);
+  return {none, none, none, none, none, none, none, invalid};
+}
+
+template <typename acc_t>
+PlainLossResult loss_alone(const FusedLossArguments& arguments, const OptionalTensor& grad_hidden) {
+  FusedLoss<acc_t> fused(arguments);
+  const int64_t invalid = fused.run();
+  if (invalid < 0) return {fused.loss(), grad_hidden, arguments.grad_weight, -1};
+  return {empty_cpu({}, ScalarType::Float), std::nullopt, std::nullopt, invalid};
+}
 
 FusedLossResult fused_loss_cpu(const std::vector<Tensor>& hidden, const Tensor& weight, const OptionalTensor& bias,
                                const Tensor& labels, const OptionalTensor& document_ids,
@@ -328,15 +364,45 @@ FusedLossResult fused_loss_cpu(const std::vector<Tensor>& hidden, const Tensor& 
                                ScalarType compute_dtype, const Tensor& workspace,
                                const std::vector<Tensor>& grad_hidden, const OptionalTensor& grad_weight,
                                const OptionalTensor& grad_bias) {
+  const FusedLossArguments arguments{hidden,        weight,        bias,         labels,        document_ids,
+                                     token_weights, class_weights, head_weights, row_scale,     lse_grad,
+                                     normalizer,    seq_len,       first_shift,  ignore_index,  label_smoothing,
+                                     z_loss,        softcap,       logit_scale,  detach_weight, compute_dtype,
+                                     workspace,     grad_hidden,   grad_weight,  grad_bias,     Tables::kAll};
+  if (compute_dtype == ScalarType::Double) return all_results<double>(arguments);
+  return all_results<float>(arguments);
+}
+
+// The same for one head without options, where the steps to the call above would cost a small loss as much as itself.
+PlainLossResult plain_loss_cpu(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                               std::optional<double> normalizer, int64_t ignore_index, const Tensor& workspace,
+                               int64_t chunk_rows, bool need_hidden, bool need_weight) {
+  const int64_t n_rows = targets.numel(), vocab = weight.size(0), width = weight.size(1);
+  STD_TORCH_CHECK(hidden.numel() == n_rows * width && hidden.scalar_type() == weight.scalar_type(),
+                  "hidden must be [..., D] of weight's dtype, and targets [...]");
+  STD_TORCH_CHECK(workspace.is_contiguous() && workspace.numel() >= chunk_rows * vocab,
+                  "workspace must be contiguous and hold chunk_rows * V elements");
+  OptionalTensor grad_hidden, grad_weight;
+  if (need_hidden) grad_hidden = empty_like_cpu(hidden);
+  if (need_weight) grad_weight = empty_like_cpu(weight);
+  const OptionalTensor none;
+  const std::vector<Tensor> rows{as_matrix(hidden, n_rows, width)};
+  std::vector<Tensor> grad_rows;
+  if (need_hidden) grad_rows.push_back(as_matrix(*grad_hidden, n_rows, width));
+  const Tensor labels = as_matrix(torch::stable::contiguous(targets), 1, n_rows);
+  const Tensor chunk = reinterpreted(workspace, {chunk_rows, vocab}, {vocab, 1}, 0);
   const FusedLossArguments arguments{
-      hidden,    weight,      bias,          labels,        document_ids, token_weights, class_weights,   head_weights,
-      row_scale, lse_grad,    normalizer,    seq_len,       first_shift,  ignore_index,  label_smoothing, z_loss,
-      softcap,   logit_scale, detach_weight, compute_dtype, workspace,    grad_hidden,   grad_weight,     grad_bias};
-  if (compute_dtype == ScalarType::Double) return FusedLoss<double>(arguments).run();
-  return FusedLoss<float>(arguments).run();
+      rows,       weight,    none,        labels,       none,         none, none, none, none, none,
+      normalizer, n_rows,    0,           ignore_index, 0.0,          0.0,  0.0,  1.0,  {},   weight.scalar_type(),
+      chunk,      grad_rows, grad_weight, none,         Tables::kNone};
+  if (weight.scalar_type() == ScalarType::Double) return loss_alone<double>(arguments, grad_hidden);
+  return loss_alone<float>(arguments, grad_hidden);
 }
 
 }  // namespace
 }  // namespace mtp
 
-STABLE_TORCH_LIBRARY_IMPL(mtp_ext, CPU, m) { m.impl("_fused_loss_", TORCH_BOX(&mtp::fused_loss_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(mtp_ext, CPU, m) {
+  m.impl("_fused_loss_", TORCH_BOX(&mtp::fused_loss_cpu));
+  m.impl("_plain_loss_", TORCH_BOX(&mtp::plain_loss_cpu));
+}

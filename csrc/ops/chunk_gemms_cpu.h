@@ -17,7 +17,7 @@ class ChunkGemmsCpu {
 
   void logits(const Tensor& h, const Tensor& z);
   void grad_hidden(const Tensor& z, const Tensor& out);
-  // Whether threads may call these two at once, each for rows of its own.
+  // Whether threads may call all three at once, each for rows (of grad_weight: columns) of its own.
   bool shareable() const { return !widens_ && logits_ != ScalarType::BFloat16; }
 
   // With accumulate = false, what grad_weight holds is not read.

@@ -80,8 +80,8 @@ def test_shapes(shape: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "some ignored"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_threads_share_out(dtype: torch.dtype, ignored: bool) -> None:
-    """Each thread takes its part of a chunk of short rows through the products by itself."""
-    call = make_call(dtype, shape=(3, 101, 8, 40), vectors=ignored)
+    """Each thread takes its part of a chunk of short rows through the products by itself, and columns of the last."""
+    call = make_call(dtype, shape=(3, 101, 1030, 40), vectors=ignored)
     if not ignored:
         call.tensors["labels"].clamp_(min=0)
     threads = torch.get_num_threads()

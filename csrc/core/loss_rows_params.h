@@ -37,8 +37,8 @@ struct LossRowsParams {
   double* statistics;   // [R, kRowStatistics]: written by kStatistics, read (combined) by kGradient
   double* local_max;    // [R]: the shard's own maximum, kept from kStatistics to kGradient
   acc_t* loss;
-  acc_t* lse;
-  int32_t* predicted;
+  acc_t* lse;          // on the CPU null where nobody reads it
+  int32_t* predicted;  // likewise
 
   MTP_HD double class_weight(int64_t v) const { return class_weights == nullptr ? 1.0 : class_weights[v]; }
 

@@ -7,6 +7,9 @@
 
 namespace mtp {
 
+// Smaller blocks are the allocator's to recycle; at this size every call maps, and faults in, fresh pages.
+constexpr size_t kHugePageBytes = 4 << 20;
+
 // Advice only: nothing is read or written, and a system that does not know it ignores it.
 void advise_huge_pages(void* begin, size_t bytes);
 

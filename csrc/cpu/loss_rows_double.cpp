@@ -34,8 +34,8 @@ void finish(double* x, const LossRowsParams<double>& p, int64_t row, int64_t tar
   const double lse_grad = p.lse_grad == nullptr ? 0.0 : p.lse_grad[row];
   const RowLoss result = finish_row(stats, p.options, p.row_weight(row, p.targets.locate(row)), lse_grad);
   p.loss[row] = result.loss;
-  p.lse[row] = result.lse;
-  p.predicted[row] = static_cast<int32_t>(stats.argmax);
+  if (p.lse != nullptr) p.lse[row] = result.lse;
+  if (p.predicted != nullptr) p.predicted[row] = static_cast<int32_t>(stats.argmax);
   if (p.gradient == Gradient::kSkip) return;
   for (int64_t v = 0; v < p.vocab_size; ++v) {
     double grad = v + p.vocab_start == target

@@ -25,8 +25,11 @@ struct Scratch {
   float largest[kBlock];             // a copy of the block that holds the maximum: the row itself is overwritten
   int64_t largest_begin;
   float largest_logit;
+  bool finds_argmax;
 
-  explicit Scratch(const LossRowsParams<float>& p) : shifts(new float[static_cast<size_t>(block_count(p.vocab_size))]) {
+  explicit Scratch(const LossRowsParams<float>& p)
+      : shifts(new float[static_cast<size_t>(block_count(p.vocab_size))]),
+        finds_argmax(p.predicted != nullptr || p.stage == Stage::kStatistics) {
     if (p.dtype == DType::kBFloat16) widened.reset(new float[static_cast<size_t>(p.vocab_size)]);
   }
 
@@ -34,6 +37,7 @@ struct Scratch {
   void offer(const float* x, int64_t begin, int64_t end, float block_max) {
     if (!(block_max > largest_logit)) return;
     largest_logit = block_max;
+    if (!finds_argmax) return;
     largest_begin = begin;
     std::memcpy(largest, x + begin, static_cast<size_t>(end - begin) * sizeof(float));
   }
@@ -45,9 +49,9 @@ struct Scratch {
     return found != 0;
   }
 
-  // The first index of the maximum; 0 for a row of NaN or -inf.
+  // The first index of the maximum; 0 for a row of NaN or -inf, or where it is not wanted.
   int64_t argmax() const {
-    if (largest_logit == -INFINITY) return 0;
+    if (!finds_argmax || largest_logit == -INFINITY) return 0;
     int64_t v = 0;
     while (!holds_largest(v)) v += kStride;
     while (largest[v] != largest_logit) ++v;
@@ -196,8 +200,8 @@ void finish(float* x, const LossRowsParams<float>& p, int64_t row, TargetRule::L
   const double lse_grad = p.lse_grad == nullptr ? 0.0 : static_cast<double>(p.lse_grad[row]);
   const RowLoss result = finish_row(stats, p.options, p.row_weight(row, at), lse_grad);
   p.loss[row] = static_cast<float>(result.loss);
-  p.lse[row] = static_cast<float>(result.lse);
-  p.predicted[row] = static_cast<int32_t>(stats.argmax);
+  if (p.lse != nullptr) p.lse[row] = static_cast<float>(result.lse);
+  if (p.predicted != nullptr) p.predicted[row] = static_cast<int32_t>(stats.argmax);
   if (p.gradient == Gradient::kSkip) return;
   const bool capped = p.softcap > 0.0;
   double known_shift = stats.max, correction = 1.0;

@@ -17,6 +17,9 @@ class ChunkGemmsCpu {
 
   void logits(const Tensor& h, const Tensor& z);
   void grad_hidden(const Tensor& z, const Tensor& out);
+  // Whether threads may call all three at once, each for rows (of grad_weight: columns) of its own.
+  bool shareable() const { return !widens_ && logits_ != ScalarType::BFloat16; }
+
   // With accumulate = false, what grad_weight holds is not read.
   void add_grad_weight(const Tensor& z, const Tensor& h, const Tensor& grad_weight, bool accumulate) const;
 

@@ -8,34 +8,59 @@
 #include <initializer_list>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "ops/check.h"
 
 namespace mtp {
 
-// Uninitialised and contiguous.
-inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
+// Uninitialised and contiguous; where it is large, on huge pages.
+inline Tensor empty_cpu(const int64_t* sizes, size_t dim, ScalarType dtype) {
+  std::vector<int64_t> strides(dim);
+  int64_t numel = 1;
+  for (size_t i = dim; i-- > 0; numel *= sizes[i]) strides[i] = numel;
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-                                                  type, aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), sizes, strides.data(), type,
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  Tensor x(made);
+  const size_t bytes = static_cast<size_t>(numel) * aoti_torch_dtype_element_size(type);
+  if (bytes >= kHugePageBytes) advise_huge_pages(x.mutable_data_ptr(), bytes);
+  return x;
+}
+
+inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_cpu(sizes.begin(), sizes.size(), dtype);
+}
+
+inline Tensor empty_like_cpu(const Tensor& x) {
+  return empty_cpu(x.sizes().data(), static_cast<size_t>(x.dim()), x.scalar_type());
+}
+
+// Another view of the memory of x; the offset is counted from where x begins.
+inline Tensor reinterpreted(const Tensor& x, std::initializer_list<int64_t> sizes,
+                            std::initializer_list<int64_t> strides, int64_t offset) {
+  AtenTensorHandle view = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                        strides.begin(), offset, &view));
+  return Tensor(view);
 }
 
 // x.T of a matrix.
 inline Tensor transposed(const Tensor& x) {
-  const int64_t sizes[] = {x.size(1), x.size(0)}, strides[] = {x.stride(1), x.stride(0)};
-  AtenTensorHandle view = nullptr;
-  // The offset is counted from where x begins.
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), 2, sizes, strides, /*offset=*/0, &view));
-  return Tensor(view);
+  return reinterpreted(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)}, 0);
 }
 
-// x.narrow(dim, start, size); x is passed by value because torch's function wants it to be mutable.
-inline Tensor slice(Tensor x, int64_t dim, int64_t start, int64_t size) {
-  return torch::stable::narrow(x, dim, start, size);
+// x.narrow(dim, start, size) of a matrix.
+inline Tensor slice(const Tensor& x, int64_t dim, int64_t start, int64_t size) {
+  return reinterpreted(x, {dim == 0 ? size : x.size(0), dim == 1 ? size : x.size(1)}, {x.stride(0), x.stride(1)},
+                       start * x.stride(dim));
+}
+
+// x.reshape(rows, columns).
+inline Tensor as_matrix(const Tensor& x, int64_t rows, int64_t columns) {
+  if (x.dim() == 2 && x.size(0) == rows && x.size(1) == columns) return x;
+  if (x.is_contiguous()) return reinterpreted(x, {rows, columns}, {columns, 1}, 0);
+  return torch::stable::reshape(x, {rows, columns});
 }
 
 }  // namespace mtp

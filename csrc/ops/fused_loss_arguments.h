@@ -8,6 +8,9 @@
 
 namespace mtp {
 
+// Whether the log-sum-exp and the argmax of every row are wanted.
+enum class Tables { kNone, kAll };
+
 struct FusedLossArguments {
   const std::vector<Tensor>& hidden;  // n of [B * S, D]
   const Tensor& weight;               // [V, D] or [n, V, D]
@@ -23,10 +26,14 @@ struct FusedLossArguments {
   const Tensor& workspace;                 // [C, V], in the dtype that the logits have
   const std::vector<Tensor>& grad_hidden;  // n of [B * S, D], or none
   const OptionalTensor &grad_weight, &grad_bias;
+  Tables tables;
 };
 
 // loss 0-d, head_loss [n], n_valid [n], denominators [n], losses and lse [n * B * S], predicted [n * B * S] int32, and
 // the flat index into labels of a target that is no class, or -1; where there is one, nothing else was computed.
 using FusedLossResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t>;
+
+// Of the op `_plain_loss_`: loss 0-d, the gradients that were asked for, and that index.
+using PlainLossResult = std::tuple<Tensor, OptionalTensor, OptionalTensor, int64_t>;
 
 }  // namespace mtp

@@ -33,5 +33,6 @@ PYBIND11_MODULE(_C, m) {
       "advise_huge_pages",
       [](uintptr_t address, size_t bytes) { mtp::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
       "Asks for huge pages behind a fresh allocation.");
+  m.attr("HUGE_PAGE_BYTES") = mtp::kHugePageBytes;
   m.def("build_info", &build_info, "How this extension was built, and what it runs on.");
 }

@@ -20,6 +20,10 @@ STABLE_TORCH_LIBRARY(mtp_ext, m) {
       "float softcap, float logit_scale, int[] detach_weight, ScalarType compute_dtype, Tensor(a!) workspace, "
       "Tensor(b!)[] grad_hidden, Tensor(c!)? grad_weight, Tensor(d!)? grad_bias) -> (Tensor loss, Tensor head_loss, "
       "Tensor n_valid, Tensor denominators, Tensor losses, Tensor lse, Tensor predicted, int first_invalid)");
+  m.def(
+      "_plain_loss_(Tensor hidden, Tensor weight, Tensor targets, float? normalizer, int ignore_index, "
+      "Tensor(a!) workspace, int chunk_rows, bool need_hidden, bool need_weight) -> (Tensor loss, Tensor? grad_hidden, "
+      "Tensor? grad_weight, int first_invalid)");
   // On CUDA only; elsewhere the Python layer does the same with torch's own operators.
   m.def("_column_sum_(Tensor x, Tensor(a!) out, bool accumulate) -> ()");
   m.def("_scale_into_(Tensor x, Tensor scale, Tensor(a!) out) -> ()");

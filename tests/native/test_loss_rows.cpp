@@ -203,6 +203,24 @@ void run_absent_row(mtp::CpuCapability isa) {
   CHECK(out.loss[1] == -7.0f && out.predicted[1] == -7 && out.loss[0] > 0 && out.loss[2] > 0);
 }
 
+// Tables that nobody reads may be absent: loss and gradient are the same.
+void run_without_tables(mtp::CpuCapability isa) {
+  const Problem p(2 * 1024 + 7, 3, 2, Options{}, loss_problem::keep, 1);
+  std::vector<float> losses[2], gradients[2];
+  for (const bool absent : {false, true}) {
+    Buffers<float> out(p, mtp::Gradient::kWrite);
+    std::vector<float>& x = gradients[absent ? 1 : 0];
+    x.assign(p.logits.begin(), p.logits.end());
+    if (absent) out.params.lse = nullptr, out.params.predicted = nullptr;
+    out.params.logits = x.data();
+    out.params.row_stride = p.vocab;
+    out.params.dtype = mtp::DType::kFloat32;
+    mtp::loss_rows_kernel(isa)(out.params, 0, static_cast<int64_t>(p.rows.size()));
+    losses[absent ? 1 : 0] = out.loss;
+  }
+  CHECK(losses[0] == losses[1] && gradients[0] == gradients[1]);
+}
+
 // Numbers that a careless kernel gets wrong: a certain target, -inf, NaN, a row of one class.
 void run_extremes(mtp::CpuCapability isa) {
   const auto grads_of = [&](std::vector<double> logits, int64_t target, double* loss) {
@@ -252,6 +270,7 @@ int main() {
     run_float32({515, 2, 3, Options{}, loss_problem::keep, ++seed}, isa, mtp::Gradient::kSkip);
     run_moving_maximum(isa);
     run_absent_row(isa);
+    run_without_tables(isa);
     run_extremes(isa);
   }
   for (const Options& opt : loss_problem::option_sets())

@@ -77,6 +77,20 @@ def test_shapes(shape: str, dtype: torch.dtype) -> None:
     assert_no_worse_than_eager(make_call(dtype, shape=SHAPES[shape]))
 
 
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "some ignored"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_threads_share_out(dtype: torch.dtype, ignored: bool) -> None:
+    """Each thread takes its part of a chunk of short rows through the products by itself, and columns of the last."""
+    call = make_call(dtype, shape=(3, 101, 1030, 40), vectors=ignored)
+    if not ignored:
+        call.tensors["labels"].clamp_(min=0)
+    threads = torch.get_num_threads()
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        assert_no_worse_than_eager(call)
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("vectors", [False, True], ids=["", "with vectors"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTIONS)

@@ -140,6 +140,11 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             ),
             {},
         ),
+        "_plain_loss_": (
+            ops._plain_loss_,
+            (hidden[0], weight, labels[:, :5], None, -100, torch.empty(4 * V), 4, True, False),
+            {},
+        ),
         "_select_rows": (ops._select_rows, (labels, None, None, 2, 5, 1, -100, V), {}),
         "_loss_rows_": (
             ops._loss_rows_,
@@ -170,7 +175,7 @@ def test_opcheck(name: str) -> None:
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
     if name == "_select_rows":
         utilities = ("test_schema", "test_autograd_registration")  # behind the counts its rows are unspecified
-    if name == "_fused_loss_":  # called by the operators' bodies alone, and never seen by a compiler
+    if name in ("_fused_loss_", "_plain_loss_"):  # called by the operators' bodies alone, and never seen by a compiler
         utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(operator.default, args, kwargs, test_utils=utilities)
 

@@ -146,6 +146,17 @@ def test_strided_inputs() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("every", [2, 0], ids=["every other", "one for all"])
+def test_strided_targets(every: int) -> None:
+    """A plain call took any targets for contiguous, and refused a column of a table."""
+    hidden, weight = torch.randn(6, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    targets = torch.randint(V, (12,)).as_strided((6,), (every,))
+    loss, expected = (linear_cross_entropy(hidden, weight, t) for t in (targets, targets.contiguous()))
+    assert torch.equal(loss, expected)
+    for a, b in zip(gradients(loss, hidden, weight), gradients(expected, hidden, weight), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_weightless_rows_cost_no_product() -> None:
     """Ignored, tail, weightless and foreign-document rows never reach a GEMM: no logits of theirs are written."""
     untouched = 123.0

@@ -63,7 +63,7 @@ def sweep_section(path: Path) -> str:
     return (
         f"\n## The loss against eager torch over sizes\n\n{machine(env, path)}\nfloat32, forward and backward: "
         "milliseconds of the fused loss, and how many times as fast as eager it is in the same round. A call costs "
-        "about 0.03 ms more than eager's (its autograd Function is Python's): below 1 where rows are few.\n\n"
+        "about 0.03 ms more than eager's (its autograd Function is Python's), which shows at smaller sizes.\n\n"
         + table(columns, lines)
         + "\n### Growth\n\nOne size doubled at a time from n = 1, N = 1024 positions, V = 8192 (D = 256): the time "
         "is linear in each as far as the rate of the GEMMs stays, which falls by 15 % towards large V.\n\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,9 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_ext import count_targets, linear_cross_entropy, multi_token_cross_entropy
-from mtp_ext.ops import fused_cpu, head_loss, row_loop, row_selection
 from mtp_ext.ops.device_rows import valid_rows_first
 from mtp_ext.ops.head_loss import HeadLossAccumulator
+from tests.pretend_cuda import pretend_cuda
 
 N, B, S, D, V = 3, 4, 32, 16, 50
 LABELS = torch.randint(V, (B, S + N), generator=torch.Generator().manual_seed(0)).index_fill(
@@ -21,12 +23,10 @@ LABELS = torch.randint(V, (B, S + N), generator=torch.Generator().manual_seed(0)
 
 
 @pytest.fixture
-def rows_stay_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, rows are selected as they are on a GPU, and nobody looks at their number."""
-    for module in (row_loop, row_selection):
-        monkeypatch.setattr(module, "counts_stay_on", lambda device: True)
-    monkeypatch.setattr(fused_cpu, "takes", lambda weight, group_name: False)
-    monkeypatch.setattr(head_loss, "check_max_valid", lambda n_valid, max_valid: None)
+def gpu_path() -> Iterator[None]:
+    """Nobody looks at the number of rows, but for the test."""
+    with pretend_cuda(may_wait=True):
+        yield
 
 
 def leaves() -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def test_few_rows_are_not_worth_moving() -> None:
 
 
 @pytest.mark.parametrize("slack", [0, 1, 1000])
-def test_the_loss_is_that_of_all_rows(rows_stay_on_device: None, slack: int) -> None:
+def test_the_loss_is_that_of_all_rows(gpu_path: None, slack: int) -> None:
     bounds = [count + slack for count in count_targets(LABELS, N, seq_len=S)]
     (hidden, weight), (same_hidden, same_weight) = leaves(), leaves()
     every = multi_token_cross_entropy(hidden, weight, LABELS, chunk_rows=60)
@@ -76,7 +76,7 @@ def test_the_loss_is_that_of_all_rows(rows_stay_on_device: None, slack: int) -> 
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_nan_in_a_row_that_is_left_out_reaches_nothing(rows_stay_on_device: None) -> None:
+def test_nan_in_a_row_that_is_left_out_reaches_nothing(gpu_path: None) -> None:
     hidden, weight = leaves()
     targets = LABELS[:, :S]
     rows = hidden.detach()[0].masked_fill(targets[..., None] < 0, float("nan")).requires_grad_()
@@ -88,7 +88,7 @@ def test_nan_in_a_row_that_is_left_out_reaches_nothing(rows_stay_on_device: None
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_more_targets_than_the_bound_make_their_head_nan(rows_stay_on_device: None, reduction: str) -> None:
+def test_more_targets_than_the_bound_make_their_head_nan(gpu_path: None, reduction: str) -> None:
     hidden, weight = leaves()
     counts = count_targets(LABELS, N, seq_len=S)
     bounds = [counts[0], counts[1] - 1, counts[2]]

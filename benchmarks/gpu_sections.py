@@ -13,6 +13,9 @@ from benchmarks.tables import DOCS, Row, load, machine, table, with_mebibytes
 # The least ratio to the bare GEMMs on a Hopper GPU, by width and vocabulary: the bars of the design.
 BARS = {(1024, 32000): 0.85, (4096, 32000): 0.95, (4096, 128256): 0.95, (8192, 128256): 0.96}
 
+# The first columns of a table of losses at given sizes.
+SHAPE_AND_TIME = {"N": "N", "D": "D", "V": "V", "impl": "implementation", "ms_median": "ms"}
+
 
 def measured(row: Row) -> Row:
     """A row as its table shows it: the bar of its shape, the clock while it ran; an error in place of the time."""
@@ -83,11 +86,7 @@ def gpu_loss_section(path: Path) -> str:
 
 def _bound_table(rows: Sequence[Row]) -> str:
     columns = {
-        "N": "N",
-        "D": "D",
-        "V": "V",
-        "impl": "implementation",
-        "ms_median": "ms",
+        **SHAPE_AND_TIME,
         "baseline_ratio": "ratio to `every_row`",
         "extra_mib": "extra MiB",
     }
@@ -132,11 +131,7 @@ def peers_section(path: Path) -> str:
     """Against the losses that people train with."""
     env, rows = load(path)
     columns = {
-        "N": "N",
-        "D": "D",
-        "V": "V",
-        "impl": "implementation",
-        "ms_median": "ms",
+        **SHAPE_AND_TIME,
         "baseline_ratio": "ratio to `gemms`",
         "tflop_per_s": "TFLOP/s of 6NDV",
         "extra_mib": "extra MiB",

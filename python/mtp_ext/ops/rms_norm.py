@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mtp_ext.ops.checks import built_for, check_shape, describe
+from mtp_ext.ops.device_rows import KERNEL_DTYPES
 from mtp_ext.ops.dtensor import is_dtensor
 
 # A row as float32 must fit the shared memory of a block: 99 KiB on the smallest device that the kernels are built for.
 LARGEST_WIDTH = 16384
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _VECTOR_BYTES = 16
 
 
@@ -130,7 +130,7 @@ def uses_kernel(x: Tensor, weight: Tensor) -> bool:
     return (
         x.is_cuda
         and built_for("cuda")
-        and x.dtype in _KERNEL_DTYPES
+        and x.dtype in KERNEL_DTYPES
         and weight.dtype in (torch.float32, x.dtype)
         and weight.device == x.device
         and not is_dtensor(x)

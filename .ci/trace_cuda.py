@@ -12,9 +12,10 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import mtp_ext
-from mtp_ext.ops import decode, rms_norm
-from mtp_ext.ops.head_loss import HeadLossAccumulator
-from mtp_ext.ops.row_kernels import RowOptions
+from mtp_ext.ops import rms_norm
+from mtp_ext.ops import top_classes as decode
+from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
+from mtp_ext.ops.loss.row_kernels import RowOptions
 
 BATCH, SEQ, WIDTH, VOCAB, HEADS = 3, 16, 32, 50, 2
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks.case import Case, each
 from benchmarks.harness import main
 from benchmarks.timing import L2_FLUSH_BYTES
-from mtp_ext.ops.decode import top_classes
-from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
+from mtp_ext.ops.loss.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
+from mtp_ext.ops.top_classes import top_classes
 
 REPEATS = 20
 

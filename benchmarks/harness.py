@@ -28,7 +28,7 @@ import torch
 from benchmarks.case import Case, Cases, groups, short
 from benchmarks.machine import describe
 from benchmarks.timing import CutOff, Timings, time_group
-from mtp_ext.ops.allocation import release_workspace
+from mtp_ext.ops.common.workspace import release_workspace
 
 __all__ = ["Case", "Cases", "main", "write_atomically"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mtp_ext.ops import checks
+from mtp_ext.ops.common import checks
 from tests.norm_operators import norm_backward, norm_forward
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import bench_row_pass, machine, nvml, timing
 from benchmarks.case import Case
-from mtp_ext.ops.decode import TopClasses
+from mtp_ext.ops.top_classes import TopClasses
 
 
 class FakeNVML:

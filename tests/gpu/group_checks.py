@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import mtp_ext
-from mtp_ext.ops.row_kernels import ROW_STATISTICS, RowOptions, RowShard, RowTables, RowTargets, loss_rows_
-from mtp_ext.ops.vocabulary_shard import combined
+from mtp_ext.ops.loss.row_kernels import ROW_STATISTICS, RowOptions, RowShard, RowTables, RowTargets, loss_rows_
+from mtp_ext.ops.loss.vocabulary_shard import combined
 from tests.gpu.registry import CannotRun, check
 
 OPTIONS = (RowOptions(), RowOptions(label_smoothing=0.1, z_loss=1e-2, softcap=5.0, logit_scale=1.5))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.decode import top_classes, uses_kernel
-from mtp_ext.ops.row_kernels import RowTargets, select_rows
+from mtp_ext.ops.loss.row_kernels import RowTargets, select_rows
+from mtp_ext.ops.top_classes import top_classes, uses_kernel
 from tests.gpu.registry import check
 
 ops = torch.ops.mtp_ext

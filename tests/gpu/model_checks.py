@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mtp_ext.generate import generate
 from mtp_ext.nn import MTPConfig, MTPModel
-from mtp_ext.ops import decode, rms_norm
+from mtp_ext.ops import rms_norm
+from mtp_ext.ops import top_classes as decode
 from tests.gpu.registry import CannotRun, check
 
 VOCAB, WIDTH, HEADS = 211, 64, 3

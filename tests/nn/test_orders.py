@@ -29,7 +29,7 @@ def watched(model: MTPModel) -> list[str]:
 
 
 def watch_losses(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtp_ext.ops.head_loss import HeadLossAccumulator
+    from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
 
     add = HeadLossAccumulator.add
 

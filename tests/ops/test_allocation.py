@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtp_ext import linear_cross_entropy, release_workspace
-from mtp_ext.ops import allocation
+from mtp_ext.ops.common import workspace as allocation
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from mtp_ext import linear_cross_entropy, multi_token_cross_entropy
-from mtp_ext.ops import library
-from mtp_ext.ops.call import LossCall, RowArguments
-from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_, select_rows
+from mtp_ext.ops.loss import operators as library
+from mtp_ext.ops.loss.arguments import LossCall, RowArguments
+from mtp_ext.ops.loss.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_, select_rows
 
 V = 33
 

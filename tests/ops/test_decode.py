@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mtp_ext.ops import checks
-from mtp_ext.ops.decode import largest_logits, top_classes, uses_kernel
+from mtp_ext.ops.common import checks
+from mtp_ext.ops.top_classes import largest_logits, top_classes, uses_kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -7,16 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mtp_ext.ops import (
-    checks,
-    device_rows,
-    fused_cpu,
-    linear_cross_entropy,
-    multi_token_cross_entropy,
-    row_loop,
-    row_selection,
-)
-from mtp_ext.ops.head_loss import HeadLossAccumulator
+from mtp_ext.ops import linear_cross_entropy, multi_token_cross_entropy
+from mtp_ext.ops.common import checks
+from mtp_ext.ops.loss import device_rows, row_loop, row_selection
+from mtp_ext.ops.loss import native_cpu as fused_cpu
+from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
 from tests.ops.cases import Call, assert_no_worse_than_eager, calls
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,7 +9,7 @@ import torch
 
 import mtp_ext
 from mtp_ext import linear_cross_entropy, multi_token_cross_entropy
-from mtp_ext.ops.checks import check_backend
+from mtp_ext.ops.common.checks import check_backend
 
 N, B, S, D, V = 2, 3, 5, 8, 11
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_ext import count_targets, linear_cross_entropy, multi_token_cross_entropy
-from mtp_ext.ops.device_rows import valid_rows_first
-from mtp_ext.ops.head_loss import HeadLossAccumulator
+from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
+from mtp_ext.ops.loss.device_rows import valid_rows_first
 from tests.pretend_cuda import pretend_cuda
 
 N, B, S, D, V = 3, 4, 32, 16, 50

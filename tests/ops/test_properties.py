@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from mtp_ext.ops import fused_cpu, plain_call
+from mtp_ext.ops.loss import native_cpu as fused_cpu
+from mtp_ext.ops.loss import plain_call
 from tests.ops.cases import Call, arguments, assert_no_worse_than_eager, calls, plain_calls
 
 

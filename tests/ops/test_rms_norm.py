@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mtp_ext.ops import checks
 from mtp_ext.ops import rms_norm as module
+from mtp_ext.ops.common import checks
 from mtp_ext.ops.rms_norm import rms_norm, rms_norm_heads, uses_kernel
 from tests.norm_operators import norms_by_operators
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mtp_ext
 from mtp_ext import linear_cross_entropy, multi_token_cross_entropy
-from mtp_ext.ops import allocation
+from mtp_ext.ops.common import workspace as allocation
 
 N, B, S, D, V = 3, 2, 40, 16, 211
 

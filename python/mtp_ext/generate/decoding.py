@@ -11,7 +11,7 @@ from torch import Tensor
 from mtp_ext.generate.sampling import Sampling
 from mtp_ext.generate.stats import DecodingStats
 from mtp_ext.nn import KVCache, MTPModel
-from mtp_ext.ops.checks import INDEX_DTYPES, check_tensor, describe
+from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.ops.checks import INDEX_DTYPES, check_tensor, describe
+from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
 
 
 def check_tokens(tokens: Tensor, config: MTPConfig, *, past: int = 0) -> None:

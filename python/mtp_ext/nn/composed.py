@@ -14,8 +14,8 @@ from mtp_ext.nn.heads import HeadModules, Heads, make_heads
 from mtp_ext.nn.schedule import check_schedule
 from mtp_ext.nn.stack import head_outputs
 from mtp_ext.nn.targets import Targets
-from mtp_ext.ops.checks import INDEX_DTYPES, check_tensor, describe
-from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
+from mtp_ext.ops.common.result import MultiTokenLoss
 
 
 class MultiTokenModel(nn.Module):

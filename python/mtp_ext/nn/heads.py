@@ -16,12 +16,12 @@ from mtp_ext.nn.sharded_heads import gathered, reduce_in_backward
 from mtp_ext.nn.targets import Targets
 from mtp_ext.nn.unembedding import ReplicatedUnembedding
 from mtp_ext.nn.variants import VARIANTS, chains_of, check_variant
-from mtp_ext.ops.checks import describe
-from mtp_ext.ops.decode import largest_logits
-from mtp_ext.ops.dtensor import is_dtensor
-from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.ops.common.checks import describe
+from mtp_ext.ops.common.dtensor import is_dtensor
+from mtp_ext.ops.common.result import MultiTokenLoss
 from mtp_ext.ops.rms_norm import rms_norm, rms_norm_heads
 from mtp_ext.ops.rms_norm import uses_kernel as rms_norm_uses_kernel
+from mtp_ext.ops.top_classes import largest_logits
 
 
 class Head(nn.Module):
@@ -138,7 +138,7 @@ class Heads(nn.Module):
     def best_classes(self, k: int, normed: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Head ``k``'s ``count`` largest logits of its normed output ``[R, D]``, and their classes: two ``[R, count]``.
 
-        Largest first, of equals the lowest class; see :func:`mtp_ext.ops.decode.largest_logits`. Without gradients.
+        Largest first, ties go to the lowest id; see :func:`mtp_ext.ops.top_classes.largest_logits`. Without gradients.
         """
         with torch.no_grad(), gathered(self._read_alone()):
             weight = _checked_whole(self.unembedding)

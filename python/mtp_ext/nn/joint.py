@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from mtp_ext.nn.stack import HeadStack, head_outputs, scaled
 from mtp_ext.nn.step_loss import StepLoss, step_loss
 from mtp_ext.nn.targets import Targets
-from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.ops.common.result import MultiTokenLoss
 
 
 def joint_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:

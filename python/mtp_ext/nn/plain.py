@@ -10,7 +10,7 @@ from torch import Tensor
 from mtp_ext.nn.stack import HeadStack, head_outputs
 from mtp_ext.nn.targets import Targets
 from mtp_ext.ops import reference
-from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.ops.common.result import MultiTokenLoss
 
 
 def plain_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:

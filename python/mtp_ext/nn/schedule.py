@@ -20,7 +20,7 @@ from mtp_ext.nn.plain import plain_loss
 from mtp_ext.nn.sequential import sequential_loss
 from mtp_ext.nn.stack import HeadStack
 from mtp_ext.nn.targets import Targets
-from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.ops.common.result import MultiTokenLoss
 
 SCHEDULES = ("sequential", "joint", "autograd")
 

@@ -20,7 +20,7 @@ from mtp_ext.nn.sharded_heads import HeadWeights, reduce_in_backward
 from mtp_ext.nn.stack import HeadStack, chains_to_run, scaled
 from mtp_ext.nn.step_loss import StepLoss, step_loss
 from mtp_ext.nn.targets import Targets
-from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.ops.common.result import MultiTokenLoss
 
 
 def sequential_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:

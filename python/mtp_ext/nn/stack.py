@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_ext.ops import call
+from mtp_ext.ops.loss import arguments as call
 
 
 class HeadStack(Protocol):
@@ -78,5 +78,5 @@ def head_outputs(
 
 
 def scaled(grads: Sequence[Tensor | None], by: Tensor) -> list[Tensor | None]:
-    """Saved gradients times the incoming one, each in its own dtype; see :func:`mtp_ext.ops.call.scaled`."""
+    """Saved gradients times the incoming one, each in its own dtype; see :func:`mtp_ext.ops.loss.arguments.scaled`."""
     return [None if g is None else call.scaled(g, by, g.dtype) for g in grads]

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mtp_ext.nn.stack import HeadStack
 from mtp_ext.nn.targets import Targets
-from mtp_ext.ops import metrics, reference
-from mtp_ext.ops.autocast import autocast_dtype
-from mtp_ext.ops.checks import check_targets_in_range
-from mtp_ext.ops.device_rows import constants
-from mtp_ext.ops.head_loss import HeadLossAccumulator
-from mtp_ext.ops.result import MultiTokenLoss
-from mtp_ext.ops.row_kernels import RowOptions, RowTargets, select_rows
+from mtp_ext.ops import reference
+from mtp_ext.ops.common import metrics
+from mtp_ext.ops.common.autocast import autocast_dtype
+from mtp_ext.ops.common.checks import check_targets_in_range
+from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
+from mtp_ext.ops.loss.device_rows import constants
+from mtp_ext.ops.loss.row_kernels import RowOptions, RowTargets, select_rows
 
 
 class StepLoss(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ext.ops import checks
+from mtp_ext.ops.common import checks
 
 
 @dataclass(frozen=True)

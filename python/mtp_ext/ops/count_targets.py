@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mtp_ext.ops import checks
-from mtp_ext.ops.row_kernels import RowTargets, select_rows
+from mtp_ext.ops.common import checks
+from mtp_ext.ops.loss.row_kernels import RowTargets, select_rows
 
 _ANY_CLASS = 2**62
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mtp_ext.ops import checks, plain_call
-from mtp_ext.ops.autocast import autocast_dtype
-from mtp_ext.ops.call import LossCall, RowArguments
-from mtp_ext.ops.functions import reduced_loss, row_losses
+from mtp_ext.ops.common import checks
+from mtp_ext.ops.common.autocast import autocast_dtype
+from mtp_ext.ops.loss import plain_call
+from mtp_ext.ops.loss.arguments import LossCall, RowArguments
+from mtp_ext.ops.loss.autograd import reduced_loss, row_losses
 
 
 def linear_cross_entropy(

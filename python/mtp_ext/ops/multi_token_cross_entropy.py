@@ -7,11 +7,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from mtp_ext.ops import checks
-from mtp_ext.ops.autocast import autocast_dtype
-from mtp_ext.ops.call import LossCall, RowArguments
-from mtp_ext.ops.functions import reduced_loss, row_losses
-from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.ops.common import checks
+from mtp_ext.ops.common.autocast import autocast_dtype
+from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.loss.arguments import LossCall, RowArguments
+from mtp_ext.ops.loss.autograd import reduced_loss, row_losses
 
 
 def multi_token_cross_entropy(

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_ext.ops import metrics
-from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.ops.common import metrics
+from mtp_ext.ops.common.result import MultiTokenLoss
 
 
 def logits_of(

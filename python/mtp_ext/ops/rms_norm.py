@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtp_ext.ops.checks import built_for, check_shape, describe
-from mtp_ext.ops.device_rows import KERNEL_DTYPES
-from mtp_ext.ops.dtensor import is_dtensor
+from mtp_ext.ops.common.checks import built_for, check_shape, describe
+from mtp_ext.ops.common.dtensor import is_dtensor
+from mtp_ext.ops.loss.device_rows import KERNEL_DTYPES
 
 # A row as float32 must fit the shared memory of a block: 99 KiB on the smallest device that the kernels are built for.
 LARGEST_WIDTH = 16384

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ext.ops import checks
-from mtp_ext.ops.device_rows import scaled_on_device
+from mtp_ext.ops.common import checks
+from mtp_ext.ops.loss.device_rows import scaled_on_device
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LossCall:
     with_metrics: bool = True  # top-1 and accept length
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors that the operators of :mod:`mtp_ext.ops.library` take after hidden states, weight and bias."""
+        """The tensors that :mod:`mtp_ext.ops.loss.operators` take after hidden states, weight and bias."""
         return self.labels, self.document_ids, self.row.token_weights, self.row.class_weights
 
     def options(self) -> dict[str, Any]:

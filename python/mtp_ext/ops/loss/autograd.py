@@ -1,4 +1,4 @@
-"""The autograd Functions of the losses: operators of :mod:`mtp_ext.ops.library` with their gradients."""
+"""The autograd Functions of the losses: operators of :mod:`mtp_ext.ops.loss.operators` with their gradients."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtp_ext.ops import library
-from mtp_ext.ops.call import LossCall, hand_out_grad_weight, scaled, wants_grad
-from mtp_ext.ops.result import MultiTokenLoss
+from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.loss import operators as library
+from mtp_ext.ops.loss.arguments import LossCall, hand_out_grad_weight, scaled, wants_grad
 
 
 def _bodies(*tensors: Tensor) -> Any:

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ext.ops import metrics
-from mtp_ext.ops.allocation import empty
-from mtp_ext.ops.checks import check_max_valid, check_targets_in_range
-from mtp_ext.ops.chunking import ChunkGemms
-from mtp_ext.ops.device_rows import constants, counts_stay_on, float16_scale
-from mtp_ext.ops.result import MultiTokenLoss
-from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, select_rows
-from mtp_ext.ops.row_loop import Gradients, RowLoop
-from mtp_ext.ops.row_selection import RowSelection, most_rows
-from mtp_ext.ops.vocabulary_shard import VocabularyShard
+from mtp_ext.ops.common import metrics
+from mtp_ext.ops.common.checks import check_max_valid, check_targets_in_range
+from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.common.workspace import empty
+from mtp_ext.ops.loss.chunk_gemms import ChunkGemms
+from mtp_ext.ops.loss.device_rows import constants, counts_stay_on, float16_scale
+from mtp_ext.ops.loss.row_kernels import RowOptions, RowTables, RowTargets, select_rows
+from mtp_ext.ops.loss.row_loop import Gradients, RowLoop
+from mtp_ext.ops.loss.row_selection import RowSelection, most_rows
+from mtp_ext.ops.loss.vocabulary_shard import VocabularyShard
 
 
 class HeadLossAccumulator:
@@ -53,7 +53,7 @@ class HeadLossAccumulator:
         grad_weight_out: Buffer of ``weight``'s shape, float32, that the weight's gradient is added to.
         group: Process group over which the vocabulary is sharded: ``weight``, ``bias`` and ``class_weights`` hold this
             rank's classes (in rank order), everything else is the same on every rank.
-        chunk_rows, workspace_bytes: See :func:`mtp_ext.ops.chunking.chunk_size`.
+        chunk_rows, workspace_bytes: See :func:`mtp_ext.ops.loss.chunk_gemms.chunk_size`.
         max_valid: The most targets that count, of each head; with more, a head's loss and gradients are NaN.
 
     Raises:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_ext.ops.checks import built_for
-from mtp_ext.ops.dtensor import is_dtensor
+from mtp_ext.ops.common.checks import built_for
+from mtp_ext.ops.common.dtensor import is_dtensor
 
 # Of the decoding kernel (csrc/kernels/decode.h); other calls are a GEMM.
 LARGEST_ROWS = 64

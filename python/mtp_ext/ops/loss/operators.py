@@ -1,7 +1,8 @@
 """The fused loss as operators of torch's library: what ``torch.compile`` sees as one node, and fake tensors can trace.
 
 They take values and return gradients as values; the Functions of the public losses give them to autograd. Their shared
-arguments are those of :class:`mtp_ext.ops.head_loss.HeadLossAccumulator`. An output that was not asked for is empty.
+arguments are those of :class:`mtp_ext.ops.loss.accumulator.HeadLossAccumulator`. An output that was not asked for is
+empty.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ext.ops import checks, fused_cpu
-from mtp_ext.ops.call import saved_grad_dtype
-from mtp_ext.ops.head_loss import HeadLossAccumulator
-from mtp_ext.ops.row_kernels import RowOptions
+from mtp_ext.ops.common import checks
+from mtp_ext.ops.loss import native_cpu as fused_cpu
+from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
+from mtp_ext.ops.loss.arguments import saved_grad_dtype
+from mtp_ext.ops.loss.row_kernels import RowOptions
 
 # hidden is the n heads' [B, S, D], or one tensor [n, B, S, D].
 _TENSORS = (

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mtp_ext.ops.row_kernels import ROW_STATISTICS, RowShard
+from mtp_ext.ops.loss.row_kernels import ROW_STATISTICS, RowShard
 
 # By weight and name of the group. To read the sizes a host waits for its GPU: once for a parameter. All ranks find them
 # here or none does, for they use tensors that are each other's shards in the same order.

@@ -12,12 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.allocation import empty, workspace
-from mtp_ext.ops.chunking import ChunkGemms, chunk_size
-from mtp_ext.ops.device_rows import add_column_sum, copy_valid_rows, counts_stay_on, padded_columns
-from mtp_ext.ops.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
-from mtp_ext.ops.row_selection import RowSelection
-from mtp_ext.ops.vocabulary_shard import VocabularyShard
+from mtp_ext.ops.common.workspace import empty, workspace
+from mtp_ext.ops.loss.chunk_gemms import ChunkGemms, chunk_size
+from mtp_ext.ops.loss.device_rows import add_column_sum, copy_valid_rows, counts_stay_on, padded_columns
+from mtp_ext.ops.loss.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
+from mtp_ext.ops.loss.row_selection import RowSelection
+from mtp_ext.ops.loss.vocabulary_shard import VocabularyShard
 
 
 @dataclass

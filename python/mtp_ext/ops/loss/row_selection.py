@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.device_rows import counts_stay_on, mark_rows, valid_rows_first
-from mtp_ext.ops.row_kernels import RowTargets
+from mtp_ext.ops.loss.device_rows import counts_stay_on, mark_rows, valid_rows_first
+from mtp_ext.ops.loss.row_kernels import RowTargets
 
 # To move rows together costs a pass over the gradient of the hidden states, 0.5 % of the GEMMs at V = 32k: not worth
 # it for fewer than one row in so many.
@@ -33,7 +33,7 @@ class RowSelection:
 
     @staticmethod
     def of(selected: Tensor, n_valid: Tensor, rows_per_head: int, limits: Sequence[int]) -> RowSelection:
-        """From the results of :func:`mtp_ext.ops.row_kernels.select_rows`.
+        """From the results of :func:`mtp_ext.ops.loss.row_kernels.select_rows`.
 
         Args:
             selected: ``[n * B * S]``, the rows that carry a target, then -1.

@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.debug import debug_checks_enabled
-from mtp_ext.ops.device_rows import constants
-from mtp_ext.ops.dtensor import is_dtensor
+from mtp_ext.ops.common.debug import debug_checks_enabled
+from mtp_ext.ops.common.dtensor import is_dtensor
+from mtp_ext.ops.loss.device_rows import constants
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)

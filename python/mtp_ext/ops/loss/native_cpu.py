@@ -1,7 +1,7 @@
-"""The loss of all heads on the CPU as one native call, for the bodies of :mod:`mtp_ext.ops.library`.
+"""The loss of all heads on the CPU as one native call, for the bodies of :mod:`mtp_ext.ops.loss.operators`.
 
-:class:`mtp_ext.ops.head_loss.HeadLossAccumulator` does the same a step at a time: for heads that come one by one, for
-devices whose row counts no host sees, and for sharded vocabularies.
+:class:`mtp_ext.ops.loss.accumulator.HeadLossAccumulator` does the same a step at a time: for heads that come one by
+one, for devices whose row counts no host sees, and for sharded vocabularies.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_ext.ops import checks, metrics
-from mtp_ext.ops.allocation import empty, workspace
-from mtp_ext.ops.call import saved_grad_dtype
-from mtp_ext.ops.chunking import chunk_size, logits_dtype
-from mtp_ext.ops.row_kernels import RowTargets, select_rows
+from mtp_ext.ops.common import checks, metrics
+from mtp_ext.ops.common.workspace import empty, workspace
+from mtp_ext.ops.loss.arguments import saved_grad_dtype
+from mtp_ext.ops.loss.chunk_gemms import chunk_size, logits_dtype
+from mtp_ext.ops.loss.row_kernels import RowTargets, select_rows
 
 
 def takes(weight: Tensor, group_name: str | None) -> bool:
@@ -80,7 +80,7 @@ def fused_loss(
     Args:
         hidden: The heads' ``[B, S, D]``, or one tensor ``[n, B, S, D]``.
         normalizer: What each head's sum is divided by; None: its sum of weights.
-        others: As of :class:`mtp_ext.ops.head_loss.HeadLossAccumulator`.
+        others: As of :class:`mtp_ext.ops.loss.accumulator.HeadLossAccumulator`.
     Raises:
         ValueError: A target outside ``[0, V)`` that is not ``ignore_index``, or more targets than ``max_valid``.
     """

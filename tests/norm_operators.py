@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mtp_ext.nn import heads
+from mtp_ext.nn.heads import heads
 from mtp_ext.ops import rms_norm
 
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_ext.nn.conversion import convert
-from mtp_ext.nn.grow import add_heads
-from mtp_ext.nn.released import load_released, save_released
+from mtp_ext.nn.interop.add_heads import add_heads
+from mtp_ext.nn.interop.convert import convert
+from mtp_ext.nn.interop.paper_checkpoints import load_released, save_released
 from tests.nn.conftest import ALL_VARIANTS, VOCAB_SIZE
 
 Make = Callable[..., Any]
@@ -148,7 +148,7 @@ def test_the_released_layout_is_that_of_its_own_code(
 
 @pytest.mark.parametrize(("width", "ff_dim"), [(16, 24), (4096, 11008), (384, 1024), (64, 400), (48, 1)])
 def test_the_feed_forward_width_follows_from_params(width: int, ff_dim: int) -> None:
-    from mtp_ext.nn.released import _feed_forward_params
+    from mtp_ext.nn.interop.paper_checkpoints import _feed_forward_params
 
     params = _feed_forward_params(width, ff_dim)
     hidden = int(2 * (4 * width) / 3)

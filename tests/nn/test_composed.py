@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_ext.nn import ComposedModel, Head, MTPConfig
-from mtp_ext.nn.layers import Block
-from mtp_ext.nn.trunk import Trunk
+from mtp_ext.nn.transformer.layers import Block
+from mtp_ext.nn.transformer.trunk import Trunk
 from tests.nn.conftest import SCHEDULES, VOCAB_SIZE
 
 Make = Callable[..., Any]

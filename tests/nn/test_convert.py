@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_ext.nn.conversion import convert
+from mtp_ext.nn.interop.convert import convert
 
 Make = Callable[..., Any]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mtp_ext.nn.huggingface import from_huggingface, load_huggingface, save_huggingface
+from mtp_ext.nn.interop.huggingface import from_huggingface, load_huggingface, save_huggingface
 from tests.nn.conftest import SCHEDULES, VOCAB_SIZE
 
 transformers = pytest.importorskip("transformers")

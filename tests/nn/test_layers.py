@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_ext.nn import MTPConfig, attention
-from mtp_ext.nn.attention import AttentionContext, document_lengths
-from mtp_ext.nn.layers import RMSNorm, rms_norm
-from mtp_ext.nn.rotary import rotate, rotation
+from mtp_ext.nn import MTPConfig
+from mtp_ext.nn.transformer import attention
+from mtp_ext.nn.transformer.attention import AttentionContext, document_lengths
+from mtp_ext.nn.transformer.layers import RMSNorm, rms_norm
+from mtp_ext.nn.transformer.rotary import rotate, rotation
 
 CONFIG = MTPConfig(vocab_size=10, d_model=32, n_layers=4, n_attn_heads=4, n_kv_heads=2)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_ext.nn import MTPModel
-from mtp_ext.nn.stack import head_outputs
+from mtp_ext.nn.schedules.head_stack import head_outputs
 from tests.nn.conftest import ALL_VARIANTS
 
 Make = Callable[..., Any]

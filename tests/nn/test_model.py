@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_ext.nn import MTPConfig, MTPModel, attention
+from mtp_ext.nn import MTPConfig, MTPModel
+from mtp_ext.nn.transformer import attention
 
 Make = Callable[..., Any]
 

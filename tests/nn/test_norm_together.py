@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mtp_ext.nn import MTPModel
-from mtp_ext.nn.stack import head_outputs
+from mtp_ext.nn.schedules.head_stack import head_outputs
 from tests.nn.conftest import ALL_VARIANTS, SCHEDULES
 from tests.norm_operators import norms_by_operators
 

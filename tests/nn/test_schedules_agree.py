@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_ext.nn import MTPModel, attention
+from mtp_ext.nn import MTPModel
+from mtp_ext.nn.transformer import attention
 from tests.nn.conftest import ALL_VARIANTS
 
 Make = Callable[..., Any]

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_ext.nn import MTPConfig, MTPModel
-from mtp_ext.nn.conversion import convert
+from mtp_ext.nn.interop.convert import convert
 from tests.nn.conftest import ALL_VARIANTS, PAPER_VARIANTS, VOCAB_SIZE
 
 Make = Callable[..., Any]

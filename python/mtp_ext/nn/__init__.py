@@ -2,10 +2,10 @@
 
 from mtp_ext.nn.composed import ComposedModel
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.nn.conversion import convert
-from mtp_ext.nn.grow import add_heads
-from mtp_ext.nn.heads import Head
-from mtp_ext.nn.kv_cache import KVCache
+from mtp_ext.nn.heads.heads import Head
+from mtp_ext.nn.interop.add_heads import add_heads
+from mtp_ext.nn.interop.convert import convert
 from mtp_ext.nn.model import MTPModel
+from mtp_ext.nn.transformer.kv_cache import KVCache
 
 __all__ = ["ComposedModel", "Head", "KVCache", "MTPConfig", "MTPModel", "add_heads", "convert"]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtp_ext.nn.checks import check_document_ids
-from mtp_ext.nn.heads import HeadModules, Heads, make_heads
-from mtp_ext.nn.schedule import check_schedule
-from mtp_ext.nn.stack import head_outputs
-from mtp_ext.nn.targets import Targets
+from mtp_ext.nn.heads.heads import HeadModules, Heads, make_heads
+from mtp_ext.nn.schedules.dispatch import check_schedule
+from mtp_ext.nn.schedules.head_stack import head_outputs
+from mtp_ext.nn.schedules.targets import Targets
+from mtp_ext.nn.transformer.checks import check_document_ids
 from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
 from mtp_ext.ops.common.result import MultiTokenLoss
 
@@ -125,10 +125,10 @@ class ComposedModel(MultiTokenModel):
     Args:
         trunk: ``tokens [B, S] -> hidden [B, S, D]``; with a second positional parameter it also gets ``document_ids
             [B, S]`` or None. A trunk with a method ``context(tokens, document_ids)``, such as
-            :class:`mtp_ext.nn.trunk.Trunk`, is called as ``trunk(tokens, context=...)``.
+            :class:`mtp_ext.nn.transformer.trunk.Trunk`, is called as ``trunk(tokens, context=...)``.
         heads: ``n`` modules, or a function that makes the one of head ``k`` in ``1..n``. Each maps ``[B, S, D]`` to
             ``[B, S, D]``; with a second positional parameter it also gets the trunk's context (without one, the
-            document ids). Each gets a final RMSNorm of its own; pass :class:`mtp_ext.nn.heads.Head` to choose another.
+            document ids). Each gets a final RMSNorm of its own; pass :class:`mtp_ext.nn.Head` to choose another.
         unembed: A module with ``weight [V, D]``, or ``[n, V, D]``, as :class:`torch.nn.Linear` has one.
         variant: Whose order the heads run in: "causal" chains head 1 to ``n``, "anticausal" ``n`` to 1; in the others
             every head reads the trunk.

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtp_ext.nn.attention import AttentionContext
 from mtp_ext.nn.composed import MultiTokenModel
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.nn.heads import Head, Heads
-from mtp_ext.nn.kv_cache import KVCache
-from mtp_ext.nn.layers import Block, RMSNorm
-from mtp_ext.nn.sequential_module import SequentialModule, tokens_ahead
-from mtp_ext.nn.stack import head_outputs
-from mtp_ext.nn.trunk import Trunk
-from mtp_ext.nn.unembedding import ReplicatedUnembedding
+from mtp_ext.nn.heads.deepseek_module import SequentialModule, tokens_ahead
+from mtp_ext.nn.heads.heads import Head, Heads
+from mtp_ext.nn.heads.unembedding import ReplicatedUnembedding
+from mtp_ext.nn.schedules.head_stack import head_outputs
+from mtp_ext.nn.transformer.attention import AttentionContext
+from mtp_ext.nn.transformer.kv_cache import KVCache
+from mtp_ext.nn.transformer.layers import Block, RMSNorm
+from mtp_ext.nn.transformer.trunk import Trunk
 
 
 class MTPHeads(Heads):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtp_ext.nn.random_state import RandomState
-from mtp_ext.nn.sharded_heads import HeadWeights, reduce_in_backward
-from mtp_ext.nn.stack import HeadStack, chains_to_run, scaled
-from mtp_ext.nn.step_loss import StepLoss, step_loss
-from mtp_ext.nn.targets import Targets
+from mtp_ext.nn.schedules.fsdp import HeadWeights, reduce_in_backward
+from mtp_ext.nn.schedules.head_stack import HeadStack, chains_to_run, scaled
+from mtp_ext.nn.schedules.random_state import RandomState
+from mtp_ext.nn.schedules.step_loss import StepLoss, step_loss
+from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops.common.result import MultiTokenLoss
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ext.nn.stack import HeadStack, head_outputs
-from mtp_ext.nn.targets import Targets
+from mtp_ext.nn.schedules.head_stack import HeadStack, head_outputs
+from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops import reference
 from mtp_ext.ops.common.result import MultiTokenLoss
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.nn.conversion import build_like
+from mtp_ext.nn.interop.convert import build_like
 from mtp_ext.nn.model import MTPModel
 from mtp_ext.nn.variants import VARIANTS, check_variant
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtp_ext.nn.stack import HeadStack, head_outputs, scaled
-from mtp_ext.nn.step_loss import StepLoss, step_loss
-from mtp_ext.nn.targets import Targets
+from mtp_ext.nn.schedules.head_stack import HeadStack, head_outputs, scaled
+from mtp_ext.nn.schedules.step_loss import StepLoss, step_loss
+from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops.common.result import MultiTokenLoss
 
 

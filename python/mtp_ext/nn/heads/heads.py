@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_ext.nn.layers import RMSNorm
-from mtp_ext.nn.schedule import check_schedule, multi_token_loss
-from mtp_ext.nn.sharded_heads import gathered, reduce_in_backward
-from mtp_ext.nn.targets import Targets
-from mtp_ext.nn.unembedding import ReplicatedUnembedding
+from mtp_ext.nn.heads.unembedding import ReplicatedUnembedding
+from mtp_ext.nn.schedules.dispatch import check_schedule, multi_token_loss
+from mtp_ext.nn.schedules.fsdp import gathered, reduce_in_backward
+from mtp_ext.nn.schedules.targets import Targets
+from mtp_ext.nn.transformer.layers import RMSNorm
 from mtp_ext.nn.variants import VARIANTS, chains_of, check_variant
 from mtp_ext.ops.common.checks import describe
 from mtp_ext.ops.common.dtensor import is_dtensor

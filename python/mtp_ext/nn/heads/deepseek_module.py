@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_ext.nn.attention import AttentionContext
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.nn.layers import Block, RMSNorm
+from mtp_ext.nn.transformer.attention import AttentionContext
+from mtp_ext.nn.transformer.layers import Block, RMSNorm
 
 
 class SequentialModule(nn.Module):

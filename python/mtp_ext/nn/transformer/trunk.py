@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_ext.nn.attention import AttentionContext
-from mtp_ext.nn.checks import check_document_ids, check_tokens
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.nn.kv_cache import KVCache
-from mtp_ext.nn.layers import Block
+from mtp_ext.nn.transformer.attention import AttentionContext
+from mtp_ext.nn.transformer.checks import check_document_ids, check_tokens
+from mtp_ext.nn.transformer.kv_cache import KVCache
+from mtp_ext.nn.transformer.layers import Block
 
 
 class Trunk(nn.Module):

@@ -1,7 +1,7 @@
 """The three orders in which the heads' forwards, losses and backwards run; one loss, one set of gradients.
 
 - ``sequential`` (Gloeckle et al. 2024, section 2 and figure S11): a head's forward, loss and backward before the next
-  head's, all within the forward: see :mod:`mtp_ext.nn.sequential`.
+  head's, all within the forward: see :mod:`mtp_ext.nn.schedules.sequential`.
 - ``joint``: all heads forward under autograd, then one fused loss over ``n * B * S`` rows.
 - ``autograd``: all heads forward, full logits, plain torch. The reference.
 
@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mtp_ext.nn.joint import joint_loss
-from mtp_ext.nn.plain import plain_loss
-from mtp_ext.nn.sequential import sequential_loss
-from mtp_ext.nn.stack import HeadStack
-from mtp_ext.nn.targets import Targets
+from mtp_ext.nn.schedules.autograd import plain_loss
+from mtp_ext.nn.schedules.head_stack import HeadStack
+from mtp_ext.nn.schedules.joint import joint_loss
+from mtp_ext.nn.schedules.sequential import sequential_loss
+from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops.common.result import MultiTokenLoss
 
 SCHEDULES = ("sequential", "joint", "autograd")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.nn.kv_cache import KVCache
-from mtp_ext.nn.rotary import rotate, rotation
+from mtp_ext.nn.transformer.kv_cache import KVCache
+from mtp_ext.nn.transformer.rotary import rotate, rotation
 
 # Documents shorter than this, on average, attend through a mask rather than one call each: at 64 tokens, one call a
 # document and the masked call over the row take the same time.

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mtp_ext.nn.stack import HeadStack
-from mtp_ext.nn.targets import Targets
+from mtp_ext.nn.schedules.head_stack import HeadStack
+from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops import reference
 from mtp_ext.ops.common import metrics
 from mtp_ext.ops.common.autocast import autocast_dtype

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mtp_ext.nn.stack import HeadStack
+from mtp_ext.nn.schedules.head_stack import HeadStack
 
 
 def sharded_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_ext.nn.attention import Attention, AttentionContext
 from mtp_ext.nn.config import MTPConfig
+from mtp_ext.nn.transformer.attention import Attention, AttentionContext
 from mtp_ext.ops.rms_norm import rms_norm
 
 

@@ -1,0 +1,1 @@
+"""Heads for models that exist, and other layouts of checkpoints."""

@@ -1,0 +1,288 @@
+"""Causal language models of Hugging Face's transformers as a trunk, their unembedding shared by new heads.
+
+Of a model of ``L`` layers, ``L - 1`` are the trunk; the last one, with the final norm, is head 1, so that head 1 stays
+the model's own. Heads 2 to ``n`` are further layers of the same class. The given model is not changed and keeps
+working; it shares its parameters with the trunk and head 1.
+
+Needs the extra: ``pip install 'mtp_ext[transformers]'``.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mtp_ext.nn.composed import ComposedModel
+from mtp_ext.nn.heads.heads import Head
+from mtp_ext.nn.interop.add_heads import INITS
+from mtp_ext.nn.variants import VARIANTS
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+SUPPORTED = ("parallel", "linear", "causal", "anticausal", "shared")
+HEADS_FILE, DESCRIPTION_FILE = "mtp_heads.safetensors", "mtp_heads.json"
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """What the layers of one forward share: positions, and the mask of each kind of attention (None: causal)."""
+
+    position_ids: Tensor  # [1, S]
+    masks: dict[str, Tensor | None]
+
+
+class HuggingFaceTrunk(nn.Module):
+    """A transformers base model without its last layers and its final norm.
+
+    Args:
+        model: The causal language model; the trunk's parameters are its own.
+        n_layers: Layers of the trunk.
+    """
+
+    def __init__(self, model: Any, n_layers: int) -> None:
+        super().__init__()
+        self._borrowed = (model,)  # in a tuple, so that its parameters are not registered twice
+        base = copy.copy(model.model)
+        base._modules = dict(base._modules)  # the shallow copy's own: the given model keeps its last layer and its norm
+        base.layers = nn.ModuleList(list(base.layers)[:n_layers])
+        base.norm = nn.Identity()
+        self.base = base
+
+    @property
+    def language_model(self) -> Any:
+        """The model that was given."""
+        return self._borrowed[0]
+
+    def context(self, tokens: Tensor, document_ids: Tensor | None) -> Visibility:
+        """Positions and masks.
+
+        Args:
+            tokens: ``[B, S]``.
+            document_ids: ``[B, S]``: attention stays within tokens of one id.
+        """
+        config, seq_len = self.base.config, tokens.shape[1]
+        position_ids = torch.arange(seq_len, device=tokens.device)[None]
+        window = getattr(config, "sliding_window", None)
+        kinds = {"full_attention": None}
+        if window is not None:
+            kinds["sliding_attention"] = window
+        masks = {kind: self._mask(tokens, document_ids, limit) for kind, limit in kinds.items()}
+        return Visibility(position_ids, masks)
+
+    def _mask(self, tokens: Tensor, document_ids: Tensor | None, window: int | None) -> Tensor | None:
+        """``[B or 1, 1, S, S]``: for eager attention what is added to the scores, else whether a key is seen."""
+        seq_len, attention = tokens.shape[1], self.base.config._attn_implementation
+        narrow = window is not None and window < seq_len
+        if document_ids is None and not narrow and attention != "eager":
+            return None
+        if attention not in ("eager", "sdpa"):
+            raise ValueError(
+                "document_ids and sliding windows need a model with attn_implementation='sdpa' or 'eager', got "
+                f"{attention!r}"
+            )
+        position = torch.arange(seq_len, device=tokens.device)
+        seen = position[:, None] >= position
+        if window is not None:
+            seen &= position[:, None] - position < window
+        seen = seen[None, None]
+        if document_ids is not None:
+            seen = seen & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+        if attention == "sdpa":
+            return seen
+        dtype = self.base.embed_tokens.weight.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+    def forward(self, tokens: Tensor, context: Visibility) -> Tensor:
+        """``[B, S] -> [B, S, D]``, before any norm."""
+        mask: Any = context.masks
+        if getattr(self.base.config, "layer_types", None) is None:  # one kind of attention in all layers
+            mask = mask[_kind(self.base.config, 0)]
+        output = self.base(input_ids=tokens, attention_mask=mask, position_ids=context.position_ids, use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+
+class HuggingFaceLayer(nn.Module):
+    """A decoder layer of transformers as a head's layer.
+
+    Args:
+        layer: The layer.
+        rotary: The model's rotary embedding; the layer borrows it.
+        kind: Of its attention, "full_attention" or "sliding_attention".
+    """
+
+    def __init__(self, layer: nn.Module, rotary: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = layer, kind
+        self._borrowed = (rotary,)
+
+    def forward(self, x: Tensor, context: Visibility) -> Tensor:
+        """``[B, S, D] -> [B, S, D]``."""
+        y: Tensor = self.layer(
+            x,
+            attention_mask=context.masks[self.kind],
+            position_ids=context.position_ids,
+            position_embeddings=self._borrowed[0](x, context.position_ids),
+        )
+        return y
+
+
+def from_huggingface(
+    model: Any, n_future: int, variant: str = "parallel", init: str = "copy_last_layer"
+) -> ComposedModel:
+    """``n_future`` heads on a causal language model of transformers (Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2).
+
+    Head 1's logits are those of ``model``, its soft cap included, except in the anticausal variant, where head 1 reads
+    the new heads. To train the new heads alone, freeze the model: ``model.requires_grad_(False)``, before or after.
+
+    Args:
+        model: As from ``AutoModelForCausalLM.from_pretrained``; its parameters are shared, not copied.
+        n_future: ``n``.
+        variant: "parallel", "causal" or "anticausal": new heads are layers of the model's class. "linear": matrices on
+            all of the model's layers. "shared": nothing is added.
+        init: "copy_last_layer" (linear heads: the identity), or "random" from torch's global generator, with the
+            standard deviation ``model.config.initializer_range``.
+    Returns:
+        A :class:`mtp_ext.nn.ComposedModel`; ``result.trunk.language_model`` is ``model``.
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError, ValueError: A wrong argument, or a family that is not supported.
+    """
+    _check_model(model)
+    if variant not in SUPPORTED:
+        raise ValueError(f"variant must be one of {', '.join(SUPPORTED)} here, got {variant!r}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    if isinstance(n_future, bool) or not isinstance(n_future, int) or n_future < 1:
+        raise ValueError(f"n_future must be an int of at least 1, got {n_future!r}")
+    config, base = model.config, model.model
+    trunk = HuggingFaceTrunk(model, len(base.layers) - (VARIANTS[variant].layer == "transformer"))
+    heads = [_make_head(model, k, variant, init) for k in range(1, n_future + 1)]
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return ComposedModel(trunk, heads, model.lm_head, variant=variant, softcap=softcap)
+
+
+def save_huggingface(model: ComposedModel, directory: Path | str) -> None:
+    """Writes the language model as transformers does (``from_pretrained`` reads it), and the new heads beside it."""
+    directory = Path(directory)
+    language_model = _trunk(model).language_model
+    language_model.save_pretrained(directory)
+    own = {id(p) for p in language_model.parameters()}
+    new = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if id(p) not in own}
+    save_file(new, directory / HEADS_FILE)
+    description = {"variant": model.variant, "n_future": model.heads.n_heads}
+    (directory / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def load_huggingface(directory: Path | str, **keywords: Any) -> ComposedModel:
+    """What :func:`save_huggingface` wrote.
+
+    Args:
+        directory: The directory.
+        keywords: Of ``AutoModelForCausalLM.from_pretrained``, such as ``dtype`` and ``attn_implementation``.
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: A file is absent, or a head's weight is missing or unexpected.
+    """
+    directory = Path(directory)
+    try:
+        description = json.loads((directory / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+        new = load_file(directory / HEADS_FILE)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"directory: {directory} holds no heads ({error})") from None
+    language_model = _transformers().AutoModelForCausalLM.from_pretrained(directory, **keywords)
+    with torch.random.fork_rng(devices=[]):
+        model = from_huggingface(language_model, description["n_future"], description["variant"])
+    own = {id(p) for p in language_model.parameters()}
+    wanted = {name: p for name, p in model.named_parameters() if id(p) not in own}
+    if wanted.keys() != new.keys():
+        odd = sorted(wanted.keys() ^ new.keys())[0]
+        raise ValueError(f"directory: {directory / HEADS_FILE} has a missing or unexpected weight {odd!r}")
+    with torch.no_grad():
+        for name, p in wanted.items():
+            p.copy_(new[name])
+    return model
+
+
+def _make_head(model: Any, k: int, variant: str, init: str) -> Head:
+    """Head 1 is the model's own; the others are copies of it, or new."""
+    config, base, own = model.config, model.model, k == 1
+    norm = base.norm if own else copy.deepcopy(base.norm).requires_grad_(True)
+    if variant == "shared":
+        return Head(None, base.norm)
+    if variant == "linear":
+        return Head(None if own else _linear(base.norm.weight, config, init), norm)
+    last = base.layers[-1]
+    if own:
+        layer = last
+    elif init == "copy_last_layer":
+        layer = copy.deepcopy(last).requires_grad_(True)
+    else:
+        layer = _random_layer(last, config)
+    return Head(HuggingFaceLayer(layer, base.rotary_emb, _kind(config, len(base.layers) - 1)), norm)
+
+
+def _linear(like: Tensor, config: Any, init: str) -> nn.Linear:
+    layer = nn.Linear(config.hidden_size, config.hidden_size, bias=False, device=like.device, dtype=like.dtype)
+    if init == "copy_last_layer":
+        nn.init.eye_(layer.weight)
+    else:
+        nn.init.normal_(layer.weight, std=config.initializer_range)
+    return layer
+
+
+def _random_layer(last: nn.Module, config: Any) -> nn.Module:
+    """A new layer of the class of ``last``."""
+    index = len(config.layer_types) - 1 if getattr(config, "layer_types", None) else config.num_hidden_layers - 1
+    make: Any = type(last)
+    layer: nn.Module = make(config, index)
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    like = next(last.parameters())
+    return layer.to(like.device, like.dtype).train(last.training)
+
+
+def _kind(config: Any, layer: int) -> str:
+    """The attention of a layer. Without layer types, a window is that of all layers."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return str(types[layer])
+    return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+
+
+def _trunk(model: ComposedModel) -> HuggingFaceTrunk:
+    if not isinstance(model.trunk, HuggingFaceTrunk):
+        raise TypeError(f"model must come from from_huggingface, got a trunk of type {type(model.trunk).__name__}")
+    return model.trunk
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, _transformers().PreTrainedModel):
+        raise TypeError(f"model must be a causal language model of transformers, got {type(model).__name__}")
+    family = model.config.model_type
+    if family not in FAMILIES or not hasattr(model, "lm_head"):
+        raise ValueError(
+            f"model must be a causal language model of one of the families {', '.join(FAMILIES)}, got "
+            f"{type(model).__name__} ({family})"
+        )
+    if model.lm_head.bias is not None:
+        raise ValueError("model must have an unembedding without a bias")
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise ImportError(
+            "Hugging Face models need the package transformers: pip install 'mtp_ext[transformers]'"
+        ) from error

@@ -1,0 +1,1 @@
+"""A Llama-style transformer: the trunk, its layers, attention with rotary positions, the key-value cache."""

@@ -39,7 +39,7 @@ from mtp_ext.train.config import (
 )
 from mtp_ext.train.config_file import write_config
 from mtp_ext.train.data import DataConfig, prepare_data
-from mtp_ext.train.record import METRICS_FILE, read_metrics
+from mtp_ext.train.report.record import METRICS_FILE, read_metrics
 from mtp_ext.train.run import default_cache
 
 N_FUTURE, WIDTH, LAYERS, VOCABULARY = 4, 192, 6, "bpe:1024"

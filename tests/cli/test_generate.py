@@ -12,8 +12,8 @@ import torch
 from mtp_ext.cli.generate import TextStream
 from mtp_ext.cli.main import main
 from mtp_ext.generate import generate
+from mtp_ext.train.checkpoint.saved_model import load_saved_model
 from mtp_ext.train.data import ByteTokenizer
-from mtp_ext.train.saved_model import load_saved_model
 from tests.train.tiny import run, tiny_config
 
 

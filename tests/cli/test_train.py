@@ -8,7 +8,7 @@ import pytest
 
 from mtp_ext.cli.train import parse
 from mtp_ext.train.config import DEFAULT_MAX_SECONDS, TrainConfig
-from mtp_ext.train.schedule import Limits
+from mtp_ext.train.progress import Limits
 from tests.train.tiny import run, tiny_config
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_ext.train import checkpoint as module
-from mtp_ext.train.checkpoint import (
+from mtp_ext.train.checkpoint.directory import (
     MANIFEST_FILE,
     MODEL_FILE,
     STATE_FILE,
@@ -22,6 +21,7 @@ from mtp_ext.train.checkpoint import (
     resolve_checkpoint,
     write_checkpoint,
 )
+from mtp_ext.train.checkpoint import directory as module
 
 
 def write(directory: Path, step: int, loss: float | None = None) -> Path:

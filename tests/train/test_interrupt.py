@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mtp_ext.train.checkpoint import list_checkpoints, load_model_state, load_training_state
+from mtp_ext.train.checkpoint.directory import list_checkpoints, load_model_state, load_training_state
 from mtp_ext.train.config import CheckpointConfig, OptimConfig
 from mtp_ext.train.interrupt import StopRequest
 from mtp_ext.train.loop import TrainingFailedError
-from mtp_ext.train.record import read_metrics
+from mtp_ext.train.report.record import read_metrics
 from tests.train.processes import TrainingProcess, n_lines
 from tests.train.tiny import run, tiny_config
 

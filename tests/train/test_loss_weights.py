@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_ext.train.checkpoint import list_checkpoints, load_model_state, load_training_state
+from mtp_ext.train.checkpoint.directory import list_checkpoints, load_model_state, load_training_state
 from mtp_ext.train.config import CheckpointConfig, EvaluationConfig, LossConfig
 from mtp_ext.train.loss_weights import LossWeights, parse_point
-from mtp_ext.train.record import read_metrics
+from mtp_ext.train.report.record import read_metrics
 from mtp_ext.train.trainer import Trainer
 from tests.train.tiny import CPU, run, tiny_config, tiny_dataset, tiny_model
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtp_ext.train.checkpoint import read_checkpoint
+from mtp_ext.train.checkpoint.directory import read_checkpoint
+from mtp_ext.train.checkpoint.resume import check_same_run
+from mtp_ext.train.checkpoint.saved_model import load_saved_model
 from mtp_ext.train.config_file import read_config
-from mtp_ext.train.record import read_metrics
-from mtp_ext.train.resume import check_same_run
-from mtp_ext.train.saved_model import load_saved_model
+from mtp_ext.train.report.record import read_metrics
 from tests.train.tiny import run, write_corpus
 
 CHECKPOINT = Path(__file__).parent / "parallel_checkpoint"

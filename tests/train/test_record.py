@@ -14,8 +14,8 @@ from matplotlib.image import imread
 from mtp_ext.ops import MultiTokenLoss
 from mtp_ext.train.config import EvaluationConfig, LoggingConfig
 from mtp_ext.train.metrics import HeadTotals, memory_bytes
-from mtp_ext.train.plots import plot_run
-from mtp_ext.train.record import MetricsWriter, read_metrics
+from mtp_ext.train.report.plots import plot_run
+from mtp_ext.train.report.record import MetricsWriter, read_metrics
 from tests.train.tiny import run, tiny_config
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_ext.train.checkpoint import Checkpoint, list_checkpoints, load_model_state, load_training_state
+from mtp_ext.train.checkpoint.directory import Checkpoint, list_checkpoints, load_model_state, load_training_state
+from mtp_ext.train.checkpoint.resume import check_same_run, find_checkpoint
 from mtp_ext.train.config import CheckpointConfig, EvaluationConfig, ModelConfig, OptimConfig, ScheduleConfig
-from mtp_ext.train.record import read_metrics
-from mtp_ext.train.resume import check_same_run, find_checkpoint
+from mtp_ext.train.report.record import read_metrics
 from tests.train.tiny import run, tiny_config
 
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")

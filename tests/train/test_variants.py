@@ -10,9 +10,9 @@ import torch
 
 from mtp_ext.generate import generate
 from mtp_ext.nn.variants import VARIANTS
+from mtp_ext.train.checkpoint.saved_model import load_saved_model
 from mtp_ext.train.config import OptimConfig, ScheduleConfig
-from mtp_ext.train.record import read_metrics
-from mtp_ext.train.saved_model import load_saved_model
+from mtp_ext.train.report.record import read_metrics
 from tests.train.tiny import run, tiny_config
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from mtp_ext.nn import MTPModel
-from mtp_ext.train.checkpoint import Checkpoint
+from mtp_ext.train.checkpoint.directory import Checkpoint
 from mtp_ext.train.config import (
     BatchConfig,
     CheckpointConfig,

@@ -9,11 +9,11 @@ from rich.table import Table
 
 from mtp_ext.nn import MTPConfig
 from mtp_ext.nn.variants import VARIANTS
-from mtp_ext.train.checkpoint import resolve_checkpoint
+from mtp_ext.train.checkpoint.directory import resolve_checkpoint
+from mtp_ext.train.checkpoint.saved_model import read_model_config
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.config_file import read_config, read_toml
 from mtp_ext.train.data.tokenizer import ByteTokenizer, load_tokenizer
-from mtp_ext.train.saved_model import read_model_config
 
 TABLE_WIDTH = 110
 

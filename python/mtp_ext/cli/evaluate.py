@@ -12,12 +12,12 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from mtp_ext.train.checkpoint.saved_model import TOKENIZER_DIRECTORY, SavedModel, check_dataset, load_saved_model
 from mtp_ext.train.data import Dataset, prepare_data
 from mtp_ext.train.device import choose_compute
 from mtp_ext.train.evaluate import evaluate
-from mtp_ext.train.report import accept_line, evaluation_table, facts_table
+from mtp_ext.train.report.summary import accept_line, evaluation_table, facts_table
 from mtp_ext.train.run import default_cache
-from mtp_ext.train.saved_model import TOKENIZER_DIRECTORY, SavedModel, check_dataset, load_saved_model
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 import tyro
 
 from mtp_ext.generate import generate
+from mtp_ext.train.checkpoint.saved_model import load_saved_model
 from mtp_ext.train.data import Tokenizer
 from mtp_ext.train.device import choose_compute
-from mtp_ext.train.saved_model import load_saved_model
 
 REPLACEMENT = "�"  # what decoding shows for bytes that are not (yet) UTF-8
 

@@ -12,10 +12,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from mtp_ext.train.checkpoint import Checkpoint
+from mtp_ext.train.checkpoint.directory import Checkpoint
+from mtp_ext.train.checkpoint.resume import check_same_run, find_checkpoint
 from mtp_ext.train.config import DEFAULT_MAX_SECONDS, TrainConfig
 from mtp_ext.train.config_file import read_config, read_toml
-from mtp_ext.train.resume import check_same_run, find_checkpoint
 from mtp_ext.train.run import train
 
 LIMITS = ("max_steps", "max_seconds", "max_tokens")

@@ -15,7 +15,7 @@ from mtp_ext.nn import MTPConfig
 from mtp_ext.nn.variants import VARIANTS
 from mtp_ext.train.data import DataConfig
 from mtp_ext.train.loss_weights import LossWeights, parse_point
-from mtp_ext.train.schedule import Limits
+from mtp_ext.train.progress import Limits
 
 DEFAULT_MAX_SECONDS = 300.0
 DEFAULT_D_MODEL = 192

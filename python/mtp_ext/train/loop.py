@@ -7,12 +7,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from mtp_ext.train.checkpoint import list_checkpoints
-from mtp_ext.train.display import Display
+from mtp_ext.train.checkpoint.directory import list_checkpoints
 from mtp_ext.train.evaluate import Evaluation
 from mtp_ext.train.interrupt import StopRequest
 from mtp_ext.train.metrics import memory_bytes
-from mtp_ext.train.record import MetricsWriter
+from mtp_ext.train.report.display import Display
+from mtp_ext.train.report.record import MetricsWriter
 from mtp_ext.train.step import NotFiniteError, StepResult
 from mtp_ext.train.trainer import Trainer
 

@@ -11,19 +11,19 @@ import torch
 from rich.console import Console
 
 from mtp_ext.nn import MTPModel
-from mtp_ext.train import report
-from mtp_ext.train.checkpoint import Checkpoint, list_checkpoints
+from mtp_ext.train.checkpoint.directory import Checkpoint, list_checkpoints
+from mtp_ext.train.checkpoint.resume import CHECKPOINTS, RUNS, run_of
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.config_file import write_config
 from mtp_ext.train.data import Dataset, prepare_data
 from mtp_ext.train.device import choose_compute
-from mtp_ext.train.display import Display
 from mtp_ext.train.evaluate import Evaluation
 from mtp_ext.train.loop import Ending, Loop
-from mtp_ext.train.plots import plot_run
-from mtp_ext.train.record import MetricsWriter
-from mtp_ext.train.resume import CHECKPOINTS, RUNS, run_of
-from mtp_ext.train.sample import choose_held_out, continue_text
+from mtp_ext.train.report import summary
+from mtp_ext.train.report.display import Display
+from mtp_ext.train.report.plots import plot_run
+from mtp_ext.train.report.record import MetricsWriter
+from mtp_ext.train.report.sample import choose_held_out, continue_text
 from mtp_ext.train.trainer import Trainer
 
 
@@ -142,14 +142,14 @@ def _show(trainer: Trainer, outcome: Outcome, console: Console) -> None:
         )
         return
     plots = plot_run(outcome.directory) if config.logging.plots else []
-    facts = report.run_facts(ending, trainer.progress, trainer.stream.epochs, trainer.compute.describe())
+    facts = summary.run_facts(ending, trainer.progress, trainer.stream.epochs, trainer.compute.describe())
     if outcome.evaluation is not None:
-        console.print(report.evaluation_table(outcome.evaluation))
-        facts.insert(0, report.accept_line(outcome.evaluation))
-    console.print(report.facts_table(facts))
+        console.print(summary.evaluation_table(outcome.evaluation))
+        facts.insert(0, summary.accept_line(outcome.evaluation))
+    console.print(summary.facts_table(facts))
     held_out = choose_held_out(trainer.dataset) if config.logging.sample_tokens else None
     if held_out is not None:
         tokens = config.logging.sample_tokens
         text = continue_text(trainer.model, trainer.dataset.tokenizer, held_out.prompt, tokens, config.seed)
-        console.print(report.sample_panel(held_out, text))
-    report.print_paths(console, outcome.checkpoint, plots, outcome.directory)
+        console.print(summary.sample_panel(held_out, text))
+    summary.print_paths(console, outcome.checkpoint, plots, outcome.directory)

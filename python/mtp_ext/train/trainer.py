@@ -7,21 +7,21 @@ from pathlib import Path
 import torch
 
 from mtp_ext.nn import MTPModel
-from mtp_ext.train.checkpoint import (
+from mtp_ext.train.checkpoint.directory import (
     Checkpoint,
     load_model_state,
     load_training_state,
     prune_checkpoints,
     write_checkpoint,
 )
+from mtp_ext.train.checkpoint.resume import CHECKPOINTS
+from mtp_ext.train.checkpoint.saved_model import check_dataset, write_description
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.data import Dataset, TrainingStream
 from mtp_ext.train.device import Compute
 from mtp_ext.train.evaluate import Evaluation, evaluate
 from mtp_ext.train.optim import Optimizers
-from mtp_ext.train.resume import CHECKPOINTS
-from mtp_ext.train.saved_model import check_dataset, write_description
-from mtp_ext.train.schedule import Progress, learning_rate_factor
+from mtp_ext.train.progress import Progress, learning_rate_factor
 from mtp_ext.train.step import StepResult, train_step
 
 

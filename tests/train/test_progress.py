@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mtp_ext.train.schedule import Limits, Progress, learning_rate_factor
+from mtp_ext.train.progress import Limits, Progress, learning_rate_factor
 
 
 def test_warmup_is_linear_and_starts_above_zero() -> None:

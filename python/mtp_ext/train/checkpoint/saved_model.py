@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mtp_ext.nn import MTPConfig, MTPModel
-from mtp_ext.train.checkpoint import Checkpoint, load_model_state, resolve_checkpoint
+from mtp_ext.train.checkpoint.directory import Checkpoint, load_model_state, resolve_checkpoint
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.config_file import read_config, write_config
 from mtp_ext.train.data import Dataset, Tokenizer, load_tokenizer

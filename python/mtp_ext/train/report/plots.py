@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from mtp_ext.train.record import METRICS_FILE, read_metrics
+from mtp_ext.train.report.record import METRICS_FILE, read_metrics
 
 SIZE_INCHES, DPI = (8.0, 5.0), 150
 SMOOTHED_POINTS = 60  # a curve is averaged over about 1/60 of the run: single steps are noisy

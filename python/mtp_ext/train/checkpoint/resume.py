@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mtp_ext.train.checkpoint import Checkpoint, list_checkpoints, resolve_checkpoint
+from mtp_ext.train.checkpoint.directory import Checkpoint, list_checkpoints, resolve_checkpoint
 from mtp_ext.train.config import FREE, TrainConfig
 
 AUTO = "auto"

@@ -9,11 +9,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mtp_ext.train.display import format_duration
 from mtp_ext.train.evaluate import Evaluation
 from mtp_ext.train.loop import Ending
-from mtp_ext.train.sample import HeldOut
-from mtp_ext.train.schedule import Progress
+from mtp_ext.train.progress import Progress
+from mtp_ext.train.report.display import format_duration
+from mtp_ext.train.report.sample import HeldOut
 
 
 def evaluation_table(evaluation: Evaluation, title: str = "Validation") -> Table:

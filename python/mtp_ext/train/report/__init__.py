@@ -1,0 +1,1 @@
+"""What a run shows and leaves to read: records, progress, tables, plots, a sample."""

@@ -55,7 +55,7 @@ types: env ## mypy, strict
 
 bench: EXTRAS = bench
 bench: env ## every benchmark; ARGS="--quick --device cpu" for a look
-	@$(USE) for file in benchmarks/bench_*.py; do python -m "benchmarks.$$(basename "$$file" .py)" $(ARGS) || exit 1; done
+	@$(USE) for file in benchmarks/suites/[a-z]*.py; do python -m "benchmarks.suites.$$(basename "$$file" .py)" $(ARGS) || exit 1; done
 
 fuzz: EXTRAS = test
 fuzz: env ## the property tests with many more examples

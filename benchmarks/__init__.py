@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks.bench_<name> --device cpu [--quick] [--out FILE]``; see ``harness``."""
+"""Benchmarks: ``harness`` measures, ``suites`` say what, ``pages`` show the committed ``results``."""

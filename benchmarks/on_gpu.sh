@@ -68,11 +68,11 @@ export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 # The caps add up to less than the limit without the sanitizers, which share what is left.
 stage build 140 "$python" setup.py build_ext --inplace || exit 1
 stage checks 70 "$python" -m tests.gpu.run --out "$out/checks.json" || status=1
-stage gpu_loss 140 "$python" -m benchmarks.bench_gpu_loss --device cuda --rounds 10 --out "$out/gpu_loss.json"
-stage gpu_peers 50 "$python" -m benchmarks.bench_gpu_peers --device cuda --rounds 10 --out "$out/gpu_peers.json"
-stage row_pass 60 "$python" -m benchmarks.bench_row_pass --device cuda --rounds 20 --out "$out/row_pass.json"
-stage step_memory 40 "$python" -m benchmarks.bench_step_memory --device cuda --rounds 10 --out "$out/step_memory.json"
-stage gpu_heads 25 "$python" -m benchmarks.bench_gpu_heads --device cuda --rounds 10 --out "$out/gpu_heads.json"
+stage gpu_loss 140 "$python" -m benchmarks.suites.gpu_loss --device cuda --rounds 10 --out "$out/gpu_loss.json"
+stage gpu_peers 50 "$python" -m benchmarks.suites.gpu_peers --device cuda --rounds 10 --out "$out/gpu_peers.json"
+stage row_pass 60 "$python" -m benchmarks.suites.row_pass --device cuda --rounds 20 --out "$out/row_pass.json"
+stage step_memory 40 "$python" -m benchmarks.suites.step_memory --device cuda --rounds 10 --out "$out/step_memory.json"
+stage gpu_heads 25 "$python" -m benchmarks.suites.gpu_heads --device cuda --rounds 10 --out "$out/gpu_heads.json"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.ops.cases import OF_CLASSES, Call, Results, Shard, assert_no_worse_than_eager, calls, run
+from tests.support.loss_calls import OF_CLASSES, Call, Results, Shard, assert_no_worse_than_eager, calls, run
 
 RANKS = 2
 SECONDS = 60  # more than any call takes: a rank that waits for another one is a failure, not a hang

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import write_atomically
-from benchmarks.machine import describe
+from benchmarks.harness.machine import describe
+from benchmarks.harness.runner import write_atomically
 from tests.gpu.registry import CannotRun, all_checks
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.gpu import group_checks, kernel_checks, loss_checks, model_checks
 from tests.gpu.registry import CannotRun, Check, all_checks
-from tests.pretend_cuda import pretend_cuda
+from tests.support.pretend_cuda import pretend_cuda
 
 
 def test_no_check_is_lost() -> None:

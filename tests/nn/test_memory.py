@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_ext.nn import MTPModel
-from tests.largest_tensor import LargestTensor
+from tests.support.largest_tensor import LargestTensor
 
 Make = Callable[..., Any]
 

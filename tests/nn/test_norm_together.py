@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from mtp_ext.nn import MTPModel
 from mtp_ext.nn.schedules.head_stack import head_outputs
 from tests.nn.conftest import ALL_VARIANTS, SCHEDULES
-from tests.norm_operators import norms_by_operators
+from tests.support.norm_operators import norms_by_operators
 
 Make = Callable[..., Any]
 Error = Callable[[Tensor, Tensor], float]

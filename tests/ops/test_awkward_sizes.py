@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ops.cases import DTYPES, Call, assert_no_worse_than_eager, make_generator
+from tests.support.loss_calls import DTYPES, Call, assert_no_worse_than_eager, make_generator
 
 N_HEADS, BATCH, SEQ, WIDTH, VOCAB = 3, 2, 9, 13, 131
 

@@ -12,7 +12,7 @@ from mtp_ext.ops.common import checks
 from mtp_ext.ops.loss import device_rows, row_loop, row_selection
 from mtp_ext.ops.loss import native_cpu as fused_cpu
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
-from tests.ops.cases import Call, assert_no_worse_than_eager, calls
+from tests.support.loss_calls import Call, assert_no_worse_than_eager, calls
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtp_ext import count_targets, linear_cross_entropy, multi_token_cross_entropy
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
 from mtp_ext.ops.loss.device_rows import valid_rows_first
-from tests.pretend_cuda import pretend_cuda
+from tests.support.pretend_cuda import pretend_cuda
 
 N, B, S, D, V = 3, 4, 32, 16, 50
 LABELS = torch.randint(V, (B, S + N), generator=torch.Generator().manual_seed(0)).index_fill(

@@ -12,7 +12,7 @@ import torch
 
 from mtp_ext import linear_cross_entropy, multi_token_cross_entropy
 from mtp_ext.ops.reference import multi_token_cross_entropy as eager
-from tests.largest_tensor import LargestTensor
+from tests.support.largest_tensor import LargestTensor
 
 D, V = 16, 2000
 

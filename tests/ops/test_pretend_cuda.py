@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from mtp_ext.ops import linear_cross_entropy, multi_token_cross_entropy
 from mtp_ext.ops.top_classes import top_classes
 from tests.gpu.model_checks import VOCAB, gradients, make_model
-from tests.ops.cases import Call, assert_no_worse_than_eager, calls, largest, run
-from tests.pretend_cuda import pretend_cuda
+from tests.support.loss_calls import Call, assert_no_worse_than_eager, calls, largest, run
+from tests.support.pretend_cuda import pretend_cuda
 
 
 @given(calls())

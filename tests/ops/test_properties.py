@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 
 from mtp_ext.ops.loss import native_cpu as fused_cpu
 from mtp_ext.ops.loss import plain_call
-from tests.ops.cases import Call, arguments, assert_no_worse_than_eager, calls, plain_calls
+from tests.support.loss_calls import Call, arguments, assert_no_worse_than_eager, calls, plain_calls
 
 
 @given(calls())

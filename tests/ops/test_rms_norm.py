@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mtp_ext.ops import rms_norm as module
 from mtp_ext.ops.common import checks
 from mtp_ext.ops.rms_norm import rms_norm, rms_norm_heads, uses_kernel
-from tests.norm_operators import norms_by_operators
+from tests.support.norm_operators import norms_by_operators
 
 EPS = 1e-3
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_ext.train.checkpoint import directory as module
 from mtp_ext.train.checkpoint.directory import (
     MANIFEST_FILE,
     MODEL_FILE,
@@ -21,7 +22,6 @@ from mtp_ext.train.checkpoint.directory import (
     resolve_checkpoint,
     write_checkpoint,
 )
-from mtp_ext.train.checkpoint import directory as module
 
 
 def write(directory: Path, step: int, loss: float | None = None) -> Path:

@@ -33,7 +33,7 @@ def all_rows(split: TokenSplit, seq_len: int, n_future: int) -> Batch:
 
 
 def targets(batch: Batch) -> list[Target]:
-    """Every target that counts by the rule of the fused loss (docs/architecture.md)."""
+    """Every target that counts by the rule of the fused loss (docs/internals/architecture.md)."""
     seq_len = batch.tokens.shape[1]
     found = []
     for tokens, labels, documents in zip(*(part.tolist() for part in batch), strict=True):

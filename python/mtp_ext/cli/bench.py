@@ -24,7 +24,7 @@ from mtp_ext.train.device import choose_compute
 class BenchCommand:
     """Time the multi-token loss, forward and backward, against plain torch with full logits.
 
-    The implementations take turns in one process; times are medians. `python -m benchmarks.bench_<name>` of the source
+    The implementations take turns in one process; times are medians. `python -m benchmarks.suites.<name>` of the source
     tree measures more: memory, peers, options, a sweep.
     """
 

@@ -1,7 +1,8 @@
 """Muon: momentum whose update is the nearest orthogonal matrix (K. Jordan et al. 2024, github.com/KellerJordan/Muon).
 
 `torch.optim.Muon` iterates in bfloat16 always, which on a processor without native bfloat16 costs about 25 times the
-float32 time (docs/training.md). This one iterates in float32 there, and takes all matrices of one shape in one batch.
+float32 time (docs/guide/train.md). This one iterates in float32 there, and takes all matrices of one shape in one
+batch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""What measures: cases, timing, memory, the machine, the files of results."""

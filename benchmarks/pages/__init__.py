@@ -1,0 +1,1 @@
+"""What is shown: docs/results/performance.md and its pictures, from benchmarks/results."""

@@ -1,0 +1,92 @@
+"""The passes that memory bounds: the row kernel of the loss, and decoding, against the device's own copy and read.
+
+``copy`` moves as many bytes as the row kernel has to (one read and one write of the logits); ``read`` sums the
+unembedding, which decoding has to read once. Short calls are timed as a replayed graph, over several unembeddings in
+turn where one would stay in the L2 cache. ``python -m benchmarks.suites.row_pass --device cuda --out FILE.json``
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.case import Case, each
+from benchmarks.harness.runner import main
+from benchmarks.harness.timing import L2_FLUSH_BYTES
+from mtp_ext.ops.loss.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
+from mtp_ext.ops.top_classes import top_classes
+
+REPEATS = 20
+
+
+def row_pass(
+    logits: Tensor, rows: Tensor, targets: RowTargets, tables: RowTables, scale: Tensor, options: RowOptions
+) -> None:
+    """Works in place, on its own result from the second call on: the time does not depend on the values."""
+    loss_rows_(
+        logits,
+        rows,
+        targets,
+        tables,
+        head_scale=scale,
+        options=options,
+        class_weight_sum=float(logits.shape[1]),
+        write_gradient=True,
+    )
+
+
+def row_cases(n_rows: int, vocab: int, device: str) -> Iterator[Case]:
+    logits = torch.randn(n_rows, vocab, device=device, dtype=torch.bfloat16)
+    other = torch.empty_like(logits)
+    rows = torch.arange(n_rows, device=device)
+    targets = RowTargets(torch.randint(vocab, (1, n_rows), device=device), None, None, n_rows, 0)
+    tables = RowTables.zeros(n_rows, torch.float32, torch.device(device))
+    scale = torch.ones(1, device=device)
+    case = partial(
+        Case, "row_pass", shape={"R": n_rows, "V": vocab, "dtype": "bfloat16"}, bytes=2 * logits.nbytes, repeats=REPEATS
+    )
+    yield case("copy", fn=partial(other.copy_, logits))
+    yield case("mtp_ext", fn=partial(row_pass, logits, rows, targets, tables, scale, RowOptions()))
+    general = RowOptions(label_smoothing=0.1, softcap=30.0)
+    yield case("mtp_ext_all_options", fn=partial(row_pass, logits, rows, targets, tables, scale, general))
+
+
+def in_turn(function: Callable[[Tensor], object], weights: Sequence[Tensor]) -> Callable[[], object]:
+    """Calls of ``function`` with one of ``weights`` after the other."""
+    following = itertools.cycle(weights)
+    return lambda: function(next(following))
+
+
+def decode_cases(n_rows: int, width: int, vocab: int, device: str) -> Iterator[Case]:
+    hidden = torch.randn(n_rows, width, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(vocab, width, device=device, dtype=torch.bfloat16)
+    copies = 1 if device == "cpu" else min(-(-L2_FLUSH_BYTES // weight.nbytes), REPEATS)
+    weights = [weight, *(weight.clone() for _ in range(copies - 1))]
+    case = partial(
+        Case,
+        "decode",
+        shape={"R": n_rows, "D": width, "V": vocab, "dtype": "bfloat16"},
+        bytes=weight.nbytes + hidden.nbytes,
+        repeats=REPEATS,
+    )
+    yield case("read", fn=in_turn(torch.sum, weights))
+    yield case("mtp_ext", fn=in_turn(lambda w: top_classes(hidden, w, 1), weights))
+    yield case("gemm_max", fn=in_turn(lambda w: torch.mm(hidden, w.t()).max(-1), weights))
+
+
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    if quick or device == "cpu":
+        yield from row_cases(8, 1000, device)
+        yield from decode_cases(2, 64, 1000, device)
+        return
+    yield from each(partial(row_cases, 4096, vocab, device) for vocab in (32000, 50257, 128256))
+    sizes = itertools.product((4096, 1024), (128256, 32000), (1, 4, 16, 64))
+    yield from each(partial(decode_cases, n_rows, width, vocab, device) for width, vocab, n_rows in sizes)
+
+
+if __name__ == "__main__":
+    main(cases, baseline=("copy", "read"), description=__doc__)

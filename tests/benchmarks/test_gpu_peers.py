@@ -1,0 +1,69 @@
+"""The peers of the GPU benchmark: who is absent is named, who is there is called as its authors have it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.suites import gpu_peers
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    """A module of this name, and the packages above it."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
+    for member, value in members.items():
+        setattr(sys.modules[name], member, value)
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), targets)
+
+
+def test_installed_peers_are_called_with_their_own_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Liger:
+        def __call__(self, weight: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+            return reference(hidden, weight, targets)
+
+    stand_in(
+        monkeypatch,
+        "liger_kernel.transformers.fused_linear_cross_entropy",
+        LigerFusedLinearCrossEntropyLoss=Liger,
+    )
+    stand_in(monkeypatch, "quack.linear_cross_entropy", chunked_linear_cross_entropy=reference)
+    stand_in(monkeypatch, "cut_cross_entropy", linear_cross_entropy=reference)
+    found, absent = gpu_peers.published()
+    assert absent == {} and found.keys() == gpu_peers.PUBLISHED.keys()
+    hidden, weight, targets = torch.randn(6, 5), torch.randn(11, 5), torch.randint(11, (6,))
+    for loss in found.values():
+        assert gpu_peers.loss_error(loss, hidden, weight, targets)["loss_error"] < 1e-6
+        wrong = gpu_peers.loss_error(lambda h, w, y, loss=loss: 2 * loss(h, w, y), hidden, weight, targets)
+        assert abs(wrong["loss_error"] - 1) < 1e-5
+
+
+def test_a_run_names_the_absent_and_compares_the_others(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    command = [sys.executable, "-m", "benchmarks.suites.gpu_peers", "--quick", "--device", "cpu"]
+    out = tmp_path / "out.json"
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(out.read_text())
+    rows = {row["impl"]: row for row in document["rows"]}
+    assert {"gemms", "mtp_ext", "eager"} <= rows.keys()
+    assert 0 <= rows["eager"]["loss_error"] < 1e-5 and rows["mtp_ext"]["baseline"] == "gemms"
+    absent = document["env"]["absent"]
+    assert set(gpu_peers.PUBLISHED) <= absent.keys() | rows.keys()
+    assert all(reason for reason in absent.values())

@@ -15,7 +15,8 @@ import mtp_ext
 from mtp_ext.ops import rms_norm
 from mtp_ext.ops import top_classes as decode
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
-from mtp_ext.ops.loss.row_kernels import RowOptions
+from mtp_ext.ops.loss.arguments import LossCall, Needs
+from mtp_ext.ops.loss.options import RowOptions
 
 BATCH, SEQ, WIDTH, VOCAB, HEADS = 3, 16, 32, 50, 2
 
@@ -24,23 +25,25 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-def trace_operators(dtype: torch.dtype, smoothing: float, options: dict[str, torch.Tensor]) -> None:
+def trace_operators(dtype: torch.dtype, smoothing: float, optional: dict[str, torch.Tensor]) -> None:
     """What runs inside of the fused operators."""
-    accumulator = HeadLossAccumulator(
-        empty(BATCH, SEQ + HEADS, dtype=torch.int64),
-        empty(VOCAB, WIDTH, dtype=dtype),
+    class_weights = optional.pop("class_weights", None)
+    call = LossCall(
+        labels=empty(BATCH, SEQ + HEADS, dtype=torch.int64),
         seq_len=SEQ,
         n_heads=HEADS,
-        head_weights=[1.0, 0.5],
-        options=RowOptions(label_smoothing=smoothing),
-        need_grad_bias="bias" in options,
+        first_shift=1,
+        compute_dtype=dtype,
+        options=RowOptions(label_smoothing=smoothing, class_weights=class_weights),
+        head_weights=empty(HEADS),
         chunk_rows=20,
         max_valid=[BATCH * SEQ // 2] * HEADS,
-        **options,
+        **optional,
     )
-    grads = accumulator.add_all(empty(HEADS, BATCH, SEQ, WIDTH, dtype=dtype))
+    accumulator = HeadLossAccumulator(call, empty(VOCAB, WIDTH, dtype=dtype), Needs(True, True, "bias" in optional))
+    (grads,) = accumulator.add_all([empty(HEADS, BATCH, SEQ, WIDTH, dtype=dtype)])
     result = accumulator.result()
-    assert isinstance(grads, torch.Tensor) and grads.shape == (HEADS, BATCH, SEQ, WIDTH) and grads.is_cuda
+    assert grads is not None and grads.shape == (HEADS, BATCH, SEQ, WIDTH) and grads.is_cuda
     assert accumulator.grad_weight is not None and accumulator.grad_weight.dtype == torch.float32
     assert result.loss.is_cuda and result.loss.dtype == torch.float32
     try:
@@ -59,11 +62,9 @@ def trace_public_functions(dtype: torch.dtype) -> None:
         )
         assert result.loss.is_cuda and result.head_loss.shape == (HEADS,)
         best = decode.top_classes(empty(5, WIDTH, dtype=dtype), empty(VOCAB, WIDTH, dtype=dtype), 3)
-        normed, h = rms_norm.rms_norm_heads(
-            empty(5, WIDTH, dtype=dtype), empty(HEADS, WIDTH), 1e-5, empty(5, WIDTH, dtype=dtype)
-        )
-        assert normed.shape == (HEADS, 5, WIDTH) and h.shape == (5, WIDTH) and normed.is_cuda
-        assert rms_norm.uses_kernel(h, empty(WIDTH))
+        x = empty(5, WIDTH, dtype=dtype)
+        normed = rms_norm.rms_norm_heads(x, empty(HEADS, WIDTH), 1e-5)
+        assert normed.shape == (HEADS, 5, WIDTH) and normed.is_cuda and rms_norm.uses_kernel(x, empty(WIDTH))
         assert best.ids.shape == best.logits.shape == (5, 3) and best.lse.is_cuda
 
 

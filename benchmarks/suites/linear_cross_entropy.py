@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mtp_ext
 from benchmarks.harness.runner import Case, main
-from mtp_ext.ops.loss.chunk_gemms import has_fast_bfloat16_gemm
+from mtp_ext.ops.common.backend import has_fast_bfloat16_gemm
 
 CHUNK_ROWS = 1024
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -17,42 +17,30 @@ from torch import Tensor
 from benchmarks.harness.case import Case, each
 from benchmarks.harness.runner import main
 from benchmarks.harness.timing import L2_FLUSH_BYTES
-from mtp_ext.ops.loss.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
+from mtp_ext.ops.common.result import RowTables
+from mtp_ext.ops.loss.arguments import LossCall
+from mtp_ext.ops.loss.options import RowOptions
+from mtp_ext.ops.loss.row_kernels import RowScales, loss_rows_
 from mtp_ext.ops.top_classes import top_classes
 
 REPEATS = 20
 
 
-def row_pass(
-    logits: Tensor, rows: Tensor, targets: RowTargets, tables: RowTables, scale: Tensor, options: RowOptions
-) -> None:
-    """Works in place, on its own result from the second call on: the time does not depend on the values."""
-    loss_rows_(
-        logits,
-        rows,
-        targets,
-        tables,
-        head_scale=scale,
-        options=options,
-        class_weight_sum=float(logits.shape[1]),
-        write_gradient=True,
-    )
-
-
 def row_cases(n_rows: int, vocab: int, device: str) -> Iterator[Case]:
+    """The row kernel works in place, on its own result from the second call on: its time depends on no value."""
     logits = torch.randn(n_rows, vocab, device=device, dtype=torch.bfloat16)
     other = torch.empty_like(logits)
-    rows = torch.arange(n_rows, device=device)
-    targets = RowTargets(torch.randint(vocab, (1, n_rows), device=device), None, None, n_rows, 0)
-    tables = RowTables.zeros(n_rows, torch.float32, torch.device(device))
-    scale = torch.ones(1, device=device)
+    rows, labels = torch.arange(n_rows, device=device), torch.randint(vocab, (1, n_rows), device=device)
+    tables = RowTables.zeros(1, 1, n_rows, dtype=torch.float32, device=torch.device(device))
+    scales = RowScales(torch.ones(1, device=device), class_weight_sum=float(vocab))
     case = partial(
         Case, "row_pass", shape={"R": n_rows, "V": vocab, "dtype": "bfloat16"}, bytes=2 * logits.nbytes, repeats=REPEATS
     )
     yield case("copy", fn=partial(other.copy_, logits))
-    yield case("mtp_ext", fn=partial(row_pass, logits, rows, targets, tables, scale, RowOptions()))
-    general = RowOptions(label_smoothing=0.1, softcap=30.0)
-    yield case("mtp_ext_all_options", fn=partial(row_pass, logits, rows, targets, tables, scale, general))
+    every = RowOptions(label_smoothing=0.1, softcap=30.0)
+    for name, options in (("mtp_ext", RowOptions()), ("mtp_ext_all_options", every)):
+        call = LossCall(labels, n_rows, 1, 0, torch.bfloat16, options)
+        yield case(name, fn=partial(loss_rows_, logits, rows, call, scales, tables, write_gradient=True))
 
 
 def in_turn(function: Callable[[Tensor], object], weights: Sequence[Tensor]) -> Callable[[], object]:

@@ -16,6 +16,20 @@ enum class Gradient { kSkip, kWrite };
 // leaves in them what kGradient needs), the caller combines the statistics of all shards, and kGradient ends the row.
 enum class Stage { kWhole, kStatistics, kGradient };
 
+// What a row leaves behind, each over ALL flat rows. On the CPU lse and predicted are null where nobody reads them.
+template <typename acc_t>
+struct RowTables {
+  acc_t* loss;         // without the row's weight
+  acc_t* lse;          // log-sum-exp of the logits
+  int32_t* predicted;  // argmax; ties go to the lowest class
+
+  MTP_HD void write(int64_t row, acc_t row_loss, acc_t row_lse, int64_t argmax) const {
+    loss[row] = row_loss;
+    if (lse != nullptr) lse[row] = row_lse;
+    if (predicted != nullptr) predicted[row] = static_cast<int32_t>(argmax);
+  }
+};
+
 template <typename acc_t>  // double for float64 logits, else float
 struct LossRowsParams {
   void* logits;
@@ -24,21 +38,18 @@ struct LossRowsParams {
   const int64_t* rows;  // -1: no row; its gradient is zeros, and nothing else of it is read or written
   TargetRule targets;
   const acc_t* head_scale;
-  const acc_t* row_scale;       // or null: 1
-  const acc_t* lse_grad;        // or null: 0
-  const float* class_weights;   // or null: 1
-  const acc_t* bias;            // or null: 0
-  double logit_scale, softcap;  // softcap 0: none
+  const acc_t* row_scale;      // or null: 1
+  const acc_t* lse_grad;       // or null: 0
+  const float* class_weights;  // or null: 1
+  const acc_t* bias;           // or null: 0
   RowOptions options;
-  const float* class_weight_total;  // a device's sum_v c_v, which no host has waited for; or null: options'
+  const float* class_weight_total;  // sum_v c_v on the device, read without a synchronisation; or null: options'
   Gradient gradient;
   Stage stage;
   int64_t vocab_start;  // class of the first column
   double* statistics;   // [R, kRowStatistics]: written by kStatistics, read (combined) by kGradient
   double* local_max;    // [R]: the shard's own maximum, kept from kStatistics to kGradient
-  acc_t* loss;
-  acc_t* lse;          // on the CPU null where nobody reads it
-  int32_t* predicted;  // likewise
+  RowTables<acc_t> tables;
 
   MTP_HD double class_weight(int64_t v) const { return class_weights == nullptr ? 1.0 : class_weights[v]; }
 

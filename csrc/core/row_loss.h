@@ -28,11 +28,25 @@ struct BasicRowStatistics {
 using RowStatistics = BasicRowStatistics<double>;
 constexpr int kRowStatistics = 6;
 
+// How a row of logits becomes a loss, and the sums over the classes that this takes.
 struct RowOptions {
   double label_smoothing = 0.0;
   double z_loss = 0.0;
+  double softcap = 0.0;  // l = softcap tanh(t / softcap); 0: l = t
+  double logit_scale = 1.0;
   double class_weight_sum = 0.0;  // sum_v c_v; V without class weights
   int64_t vocab_size = 0;         // classes in all, over every shard
+
+  // From `RowOptions.pack()` of mtp_ext/ops/loss/options.py, in its order; the sums over the classes stay 0.
+  static constexpr int64_t kPacked = 4;
+  static RowOptions of(const double* packed) {
+    RowOptions options;
+    options.label_smoothing = packed[0];
+    options.z_loss = packed[1];
+    options.softcap = packed[2];
+    options.logit_scale = packed[3];
+    return options;
+  }
 };
 
 template <typename real_t>

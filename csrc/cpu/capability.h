@@ -11,4 +11,12 @@ CpuCapability cpu_capability();
 const char* capability_name(CpuCapability capability);
 LossRowsFloat loss_rows_kernel(CpuCapability capability);
 
+// The row kernel for the logits' dtype and this processor.
+inline void loss_rows_cpu(const LossRowsParams<double>& params, int64_t begin, int64_t end) {
+  loss_rows_double(params, begin, end);
+}
+inline void loss_rows_cpu(const LossRowsParams<float>& params, int64_t begin, int64_t end) {
+  loss_rows_kernel(cpu_capability())(params, begin, end);
+}
+
 }  // namespace mtp

@@ -12,7 +12,7 @@ double cap(double t, double softcap) { return softcap > 0.0 ? softcap * std::tan
 RowStatistics row_statistics(double* x, const LossRowsParams<double>& p, int64_t target) {
   RowStatistics stats{-INFINITY, 0.0, 0.0, 0.0, 0.0, static_cast<double>(p.vocab_start)};
   for (int64_t v = 0; v < p.vocab_size; ++v) {
-    x[v] = cap(p.logit_scale * (x[v] + (p.bias == nullptr ? 0.0 : p.bias[v])), p.softcap);
+    x[v] = cap(p.options.logit_scale * (x[v] + (p.bias == nullptr ? 0.0 : p.bias[v])), p.options.softcap);
     if (x[v] > stats.max) {
       stats.max = x[v];
       stats.argmax = static_cast<double>(p.vocab_start + v);
@@ -33,16 +33,14 @@ RowStatistics row_statistics(double* x, const LossRowsParams<double>& p, int64_t
 void finish(double* x, const LossRowsParams<double>& p, int64_t row, int64_t target, const RowStatistics& stats) {
   const double lse_grad = p.lse_grad == nullptr ? 0.0 : p.lse_grad[row];
   const RowLoss result = finish_row(stats, p.options, p.row_weight(row, p.targets.locate(row)), lse_grad);
-  p.loss[row] = result.loss;
-  if (p.lse != nullptr) p.lse[row] = result.lse;
-  if (p.predicted != nullptr) p.predicted[row] = static_cast<int32_t>(stats.argmax);
+  p.tables.write(row, result.loss, result.lse, static_cast<int64_t>(stats.argmax));
   if (p.gradient == Gradient::kSkip) return;
   for (int64_t v = 0; v < p.vocab_size; ++v) {
     double grad = v + p.vocab_start == target
                       ? result.target_grad
                       : result.prob_scale * std::exp(x[v] - stats.max) - result.uniform * p.class_weight(v);
-    if (p.softcap > 0.0) grad *= 1.0 - (x[v] / p.softcap) * (x[v] / p.softcap);
-    x[v] = grad * p.logit_scale;
+    if (p.options.softcap > 0.0) grad *= 1.0 - (x[v] / p.options.softcap) * (x[v] / p.options.softcap);
+    x[v] = grad * p.options.logit_scale;
   }
 }
 

@@ -29,7 +29,7 @@ struct Scratch {
 
   explicit Scratch(const LossRowsParams<float>& p)
       : shifts(new float[static_cast<size_t>(block_count(p.vocab_size))]),
-        finds_argmax(p.predicted != nullptr || p.stage == Stage::kStatistics) {
+        finds_argmax(p.tables.predicted != nullptr || p.stage == Stage::kStatistics) {
     if (p.dtype == DType::kBFloat16) widened.reset(new float[static_cast<size_t>(p.vocab_size)]);
   }
 
@@ -62,9 +62,9 @@ struct Scratch {
 // x <- cap(scale * (x + bias)).
 template <bool kCapped>
 void transform_logits(float* x, const LossRowsParams<float>& p, int64_t begin, int64_t end) {
-  const VFloat scale = splat(static_cast<float>(p.logit_scale));
-  const VFloat cap = splat(static_cast<float>(p.softcap));
-  const VFloat two_over_cap = splat(kCapped ? static_cast<float>(2.0 / p.softcap) : 0.0f);
+  const VFloat scale = splat(static_cast<float>(p.options.logit_scale));
+  const VFloat cap = splat(static_cast<float>(p.options.softcap));
+  const VFloat two_over_cap = splat(kCapped ? static_cast<float>(2.0 / p.options.softcap) : 0.0f);
   for_each_vector(begin, end, [&](int64_t v, int64_t count) {
     VFloat l = load(x + v, count, 0.0f);
     if (p.bias != nullptr) l = l + load(p.bias + v, count, 0.0f);
@@ -121,9 +121,9 @@ double weighted_logit_sum(const float* x, const float* class_weights, int64_t be
 // One block of l, from the logits that the row came with.
 void read_block(float* x, const LossRowsParams<float>& p, int64_t begin, int64_t end, Scratch& scratch,
                 RowStatistics& stats) {
-  if (p.softcap > 0.0) {
+  if (p.options.softcap > 0.0) {
     transform_logits<true>(x, p, begin, end);
-  } else if (p.bias != nullptr || p.logit_scale != 1.0) {
+  } else if (p.bias != nullptr || p.options.logit_scale != 1.0) {
     transform_logits<false>(x, p, begin, end);
   }
   scratch.offer(x, begin, end, find_max(x, begin, end));
@@ -141,7 +141,7 @@ double sum_block(float* x, const LossRowsParams<float>& p, int64_t begin, int64_
   scratch.shifts[static_cast<size_t>(begin / kBlock)] = shift;
   // So far all may be -inf; (-inf) - (-inf) would make a sum NaN whose maximum comes later, or lies in another shard.
   if (shift == -INFINITY) shift = 0.0f;
-  const bool store = p.gradient == Gradient::kWrite && p.softcap == 0.0;
+  const bool store = p.gradient == Gradient::kWrite && p.options.softcap == 0.0;
   return store ? sum_exp<true>(x, begin, end, shift) : sum_exp<false>(x, begin, end, shift);
 }
 
@@ -177,9 +177,9 @@ RowStatistics row_statistics(float* x, const LossRowsParams<float>& p, int64_t t
 template <bool kCapped>
 void write_gradient(float* x, const LossRowsParams<float>& p, int64_t begin, int64_t end, double exp_scale,
                     float shift_by, double uniform) {
-  const VFloat shift = splat(shift_by), factor = splat(static_cast<float>(exp_scale * p.logit_scale));
-  const VFloat share = splat(static_cast<float>(uniform * p.logit_scale));
-  const VFloat inverse_cap = splat(kCapped ? static_cast<float>(1.0 / p.softcap) : 0.0f);
+  const VFloat shift = splat(shift_by), factor = splat(static_cast<float>(exp_scale * p.options.logit_scale));
+  const VFloat share = splat(static_cast<float>(uniform * p.options.logit_scale));
+  const VFloat inverse_cap = splat(kCapped ? static_cast<float>(1.0 / p.options.softcap) : 0.0f);
   if (!kCapped && uniform == 0.0)
     return for_each_vector(begin, end,
                            [&](int64_t v, int64_t count) { store(x + v, load(x + v, count, 0.0f) * factor, count); });
@@ -199,11 +199,10 @@ void finish(float* x, const LossRowsParams<float>& p, int64_t row, TargetRule::L
             const float* shifts, double local_max) {
   const double lse_grad = p.lse_grad == nullptr ? 0.0 : static_cast<double>(p.lse_grad[row]);
   const RowLoss result = finish_row(stats, p.options, p.row_weight(row, at), lse_grad);
-  p.loss[row] = static_cast<float>(result.loss);
-  if (p.lse != nullptr) p.lse[row] = static_cast<float>(result.lse);
-  if (p.predicted != nullptr) p.predicted[row] = static_cast<int32_t>(stats.argmax);
+  p.tables.write(row, static_cast<float>(result.loss), static_cast<float>(result.lse),
+                 static_cast<int64_t>(stats.argmax));
   if (p.gradient == Gradient::kSkip) return;
-  const bool capped = p.softcap > 0.0;
+  const bool capped = p.options.softcap > 0.0;
   double known_shift = stats.max, correction = 1.0;
   for (int64_t begin = 0; begin < p.vocab_size; begin += kBlock) {
     const int64_t end = std::min(p.vocab_size, begin + kBlock);
@@ -220,8 +219,8 @@ void finish(float* x, const LossRowsParams<float>& p, int64_t row, TargetRule::L
   }
   const int64_t target = p.targets.target(at);
   if (!p.holds(target)) return;
-  const double t = capped ? stats.target_logit / p.softcap : 0.0;
-  x[target - p.vocab_start] = static_cast<float>(result.target_grad * p.logit_scale * (1.0 - t * t));
+  const double t = capped ? stats.target_logit / p.options.softcap : 0.0;
+  x[target - p.vocab_start] = static_cast<float>(result.target_grad * p.options.logit_scale * (1.0 - t * t));
 }
 
 void process_row(float* x, const LossRowsParams<float>& p, int64_t r, Scratch& scratch) {

@@ -67,7 +67,8 @@ cudaError_t launch_row_kernel(const LossRowsParams<float>& p, int64_t num_rows, 
 
 template <typename scalar_t>
 cudaError_t launch_typed(const LossRowsParams<float>& p, int64_t num_rows, cudaStream_t stream) {
-  const bool plain = p.bias == nullptr && p.softcap <= 0.0 && p.logit_scale == 1.0 && p.options.label_smoothing <= 0.0;
+  const bool plain =
+      p.bias == nullptr && p.options.softcap <= 0.0 && p.options.logit_scale == 1.0 && p.options.label_smoothing <= 0.0;
   return plain ? launch_row_kernel<scalar_t, Logits::kPlain>(p, num_rows, stream)
                : launch_row_kernel<scalar_t, Logits::kGeneral>(p, num_rows, stream);
 }

@@ -98,9 +98,9 @@ class LogitRow {
       : memory(static_cast<scalar_t*>(p.logits) + r * p.row_stride, static_cast<int>(p.vocab_size)),
         bias_(p.bias),
         class_weights_(p.class_weights),
-        scale_(static_cast<float>(p.logit_scale)),
-        cap_(static_cast<float>(p.softcap)),
-        inverse_cap_(p.softcap > 0.0 ? 1.0f / static_cast<float>(p.softcap) : 0.0f) {}
+        scale_(static_cast<float>(p.options.logit_scale)),
+        cap_(static_cast<float>(p.options.softcap)),
+        inverse_cap_(p.options.softcap > 0.0 ? 1.0f / static_cast<float>(p.options.softcap) : 0.0f) {}
 
   __device__ __forceinline__ uint4 load(int vector) const { return memory.load(vector, -INFINITY); }
 
@@ -223,14 +223,10 @@ __device__ __forceinline__ RowGradient finish(const LossRowsParams<float>& p, in
     options.class_weight_sum = static_cast<double>(*p.class_weight_total);
   }
   const BasicRowLoss<float> result = finish_row(statistics, options, target.weight, target.lse_grad);
-  if (write_tables) {
-    p.loss[row] = result.loss;
-    p.lse[row] = result.lse;
-    p.predicted[row] = static_cast<int32_t>(argmax);
-  }
-  float target_grad = result.target_grad * static_cast<float>(p.logit_scale);
-  if (p.softcap > 0.0) {
-    const float t = statistics.target_logit / static_cast<float>(p.softcap);
+  if (write_tables) p.tables.write(row, result.loss, result.lse, argmax);
+  float target_grad = result.target_grad * static_cast<float>(p.options.logit_scale);
+  if (p.options.softcap > 0.0) {
+    const float t = statistics.target_logit / static_cast<float>(p.options.softcap);
     target_grad *= 1.0f - t * t;
   }
   return {statistics.max, result.prob_scale, result.uniform, target_grad};

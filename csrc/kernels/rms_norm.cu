@@ -53,20 +53,11 @@ __global__ void __launch_bounds__(kThreads) rms_norm_forward_kernel(const __grid
   const int64_t t = blockIdx.x, vectors = p.width / kWidth;
   float squares = 0.0f;
   for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
-    float h[kWidth];
-    load_vector<scalar_t>(row_of<scalar_t>(p.x, t, p.width), i, h);
-    if (p.residual != nullptr) {
-      float other[kWidth];
-      load_vector<scalar_t>(row_of<scalar_t>(p.residual, t, p.width), i, other);
+    float x[kWidth];
+    load_vector<scalar_t>(row_of<scalar_t>(p.x, t, p.width), i, x);
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) h[j] += other[j];
-      const uint4 rounded = pack<scalar_t>(h);
-      if (p.sum != nullptr) static_cast<uint4*>(row_of<scalar_t>(p.sum, t, p.width))[i] = rounded;
-      unpack<scalar_t>(rounded, h);
-    }
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) squares += h[j] * h[j];
-    store_floats(row + i * kWidth, h);
+    for (int j = 0; j < kWidth; ++j) squares += x[j] * x[j];
+    store_floats(row + i * kWidth, x);
   }
   squares = block_reduce<kThreads>(squares, Sum{}, scratch);
   const float rstd = rsqrtf(squares / static_cast<float>(p.width) + p.eps);
@@ -74,12 +65,12 @@ __global__ void __launch_bounds__(kThreads) rms_norm_forward_kernel(const __grid
   for (int64_t k = 0; k < p.heads; ++k) {
     uint4* const y = static_cast<uint4*>(row_of<scalar_t>(p.y, k * p.rows + t, p.width));
     for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
-      float h[kWidth], weight[kWidth];
-      load_floats(row + i * kWidth, h);
+      float x[kWidth], weight[kWidth];
+      load_floats(row + i * kWidth, x);
       load_floats(p.weight + k * p.width + i * kWidth, weight);
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) h[j] *= rstd * weight[j];
-      y[i] = pack<scalar_t>(h);
+      for (int j = 0; j < kWidth; ++j) x[j] *= rstd * weight[j];
+      y[i] = pack<scalar_t>(x);
     }
   }
 }
@@ -90,11 +81,11 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(const __gri
   float* const scratch = dynamic_shared_memory<float>();
   float* const row = scratch + kWarps;  // g
   const int64_t t = blockIdx.x, vectors = p.width / kWidth;
-  const void* const h_row = row_of<scalar_t>(p.h, t, p.width);
+  const void* const x_row = row_of<scalar_t>(p.x, t, p.width);
   const float rstd = p.rstd[t];
   float along = 0.0f;
   for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
-    float g[kWidth] = {}, h[kWidth];
+    float g[kWidth] = {}, x[kWidth];
 #pragma unroll 2
     for (int64_t k = 0; k < p.heads; ++k) {
       float grad[kWidth], weight[kWidth];
@@ -103,26 +94,20 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(const __gri
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) g[j] += weight[j] * grad[j];
     }
-    load_vector<scalar_t>(h_row, i, h);
+    load_vector<scalar_t>(x_row, i, x);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) along += g[j] * h[j];
+    for (int j = 0; j < kWidth; ++j) along += g[j] * x[j];
     store_floats(row + i * kWidth, g);
   }
   along = block_reduce<kThreads>(along, Sum{}, scratch);
   const float factor = along * rstd * rstd / static_cast<float>(p.width);
-  uint4* const out = static_cast<uint4*>(row_of<scalar_t>(p.grad_h, t, p.width));
+  uint4* const out = static_cast<uint4*>(row_of<scalar_t>(p.grad_x, t, p.width));
   for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
-    float g[kWidth], h[kWidth];
+    float g[kWidth], x[kWidth];
     load_floats(row + i * kWidth, g);
-    load_vector<scalar_t>(h_row, i, h);
+    load_vector<scalar_t>(x_row, i, x);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) g[j] = rstd * (g[j] - h[j] * factor);
-    if (p.grad_sum != nullptr) {
-      float other[kWidth];
-      load_vector<scalar_t>(row_of<scalar_t>(p.grad_sum, t, p.width), i, other);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) g[j] += other[j];
-    }
+    for (int j = 0; j < kWidth; ++j) g[j] = rstd * (g[j] - x[j] * factor);
     out[i] = pack<scalar_t>(g);
   }
 }
@@ -138,12 +123,12 @@ __global__ void __launch_bounds__(kColumnThreads)
   const bool inside = vector * kWidth < p.width;
   const auto add = [&](int64_t t, float (&sums)[kWidth]) {
     if (!inside) return;
-    float grad[kWidth], h[kWidth];
+    float grad[kWidth], x[kWidth];
     load_vector<scalar_t>(row_of<scalar_t>(p.grad_y, head * p.rows + t, p.width), vector, grad);
-    load_vector<scalar_t>(row_of<scalar_t>(p.h, t, p.width), vector, h);
+    load_vector<scalar_t>(row_of<scalar_t>(p.x, t, p.width), vector, x);
     const float rstd = p.rstd[t];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sums[j] += grad[j] * (h[j] * rstd);
+    for (int j = 0; j < kWidth; ++j) sums[j] += grad[j] * (x[j] * rstd);
   };
   float sums[kWidth];
   sum_columns(begin, end, dynamic_shared_memory<float>(), add, sums);

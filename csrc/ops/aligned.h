@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <optional>
 
 namespace mtp {
 
@@ -12,11 +11,6 @@ namespace mtp {
 inline torch::stable::Tensor aligned(const torch::stable::Tensor& x) {
   constexpr std::uintptr_t kBytes = 16;
   return reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % kBytes == 0 ? x : torch::stable::clone(x);
-}
-
-inline std::optional<torch::stable::Tensor> aligned(const std::optional<torch::stable::Tensor>& x) {
-  if (!x.has_value()) return std::nullopt;
-  return aligned(*x);
 }
 
 }  // namespace mtp

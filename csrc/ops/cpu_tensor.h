@@ -13,17 +13,24 @@
 
 namespace mtp {
 
+inline int32_t type_code(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
+inline int64_t element_size(ScalarType dtype) {
+  return static_cast<int64_t>(aoti_torch_dtype_element_size(type_code(dtype)));
+}
+
 // Uninitialised and contiguous; where it is large, on huge pages.
 inline Tensor empty_cpu(const int64_t* sizes, size_t dim, ScalarType dtype) {
   std::vector<int64_t> strides(dim);
   int64_t numel = 1;
   for (size_t i = dim; i-- > 0; numel *= sizes[i]) strides[i] = numel;
-  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), sizes, strides.data(), type,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), sizes, strides.data(), type_code(dtype),
                                                   aoti_torch_device_type_cpu(), 0, &made));
   Tensor x(made);
-  const size_t bytes = static_cast<size_t>(numel) * aoti_torch_dtype_element_size(type);
+  const auto bytes = static_cast<size_t>(numel * element_size(dtype));
   if (bytes >= kHugePageBytes) advise_huge_pages(x.mutable_data_ptr(), bytes);
   return x;
 }
@@ -32,9 +39,20 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) 
   return empty_cpu(sizes.begin(), sizes.size(), dtype);
 }
 
-inline Tensor empty_like_cpu(const Tensor& x) {
-  return empty_cpu(x.sizes().data(), static_cast<size_t>(x.dim()), x.scalar_type());
+// A view [rows, columns] of memory that outlives it.
+inline Tensor matrix_of(void* data, int64_t rows, int64_t columns, ScalarType dtype) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, 2, sizes, strides, 0, type_code(dtype),
+                                                            aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
+
+inline Tensor empty_like_cpu(const Tensor& x, ScalarType dtype) {
+  return empty_cpu(x.sizes().data(), static_cast<size_t>(x.dim()), dtype);
+}
+
+inline void zero(Tensor x) { torch::stable::zero_(x); }
 
 // Another view of the memory of x; the offset is counted from where x begins.
 inline Tensor reinterpreted(const Tensor& x, std::initializer_list<int64_t> sizes,
@@ -50,8 +68,9 @@ inline Tensor transposed(const Tensor& x) {
   return reinterpreted(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)}, 0);
 }
 
-// x.narrow(dim, start, size) of a matrix.
+// x.narrow(dim, start, size) of a matrix; x itself where that is all of it.
 inline Tensor slice(const Tensor& x, int64_t dim, int64_t start, int64_t size) {
+  if (size == x.size(dim)) return x;
   return reinterpreted(x, {dim == 0 ? size : x.size(0), dim == 1 ? size : x.size(1)}, {x.stride(0), x.stride(1)},
                        start * x.stride(dim));
 }

@@ -1,85 +1,149 @@
-// The ops of the loss on the CPU.
+// Schema of the loss of all heads on the CPU: lists unpacked, memory for the results, one FusedLoss run.
 #include "ops/fused_loss_cpu.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
+#include <tuple>
+#include <utility>
 #include <vector>
-
-#include "ops/cpu_tensor.h"
-#include "ops/fused_loss_arguments.h"
 
 namespace mtp {
 namespace {
 
+// n tensors [rows, width], from as many of any shape with so many elements, or from one that holds all of them.
+std::vector<Tensor> rows_of_heads(const std::vector<Tensor>& given, int64_t heads, int64_t rows, int64_t width) {
+  std::vector<Tensor> found;
+  if (static_cast<int64_t>(given.size()) != 1 || heads == 1) {
+    for (const Tensor& x : given) found.push_back(as_matrix(x, rows, width));
+    return found;
+  }
+  const Tensor all = as_matrix(given[0], heads * rows, width);
+  for (int64_t k = 0; k < heads; ++k) found.push_back(slice(all, 0, k * rows, rows));
+  return found;
+}
+
+// The order of the schema's lists: that of `LossCall.pack()` in mtp_ext/ops/loss/arguments.py, with what
+// mtp_ext/ops/loss/native_cpu.py appends. Few lists, and short ones: each costs as much as a small product. `tensors`
+// may end early.
+enum FusedLossTensor {
+  kLabels,
+  kDocumentIds,
+  kTokenWeights,
+  kClassWeights,
+  kBias,
+  kHeadWeights,
+  kDivisor,  // 0-d: of every head's sum
+  kRowScale,
+  kLseGrad,
+  kGradWeight,  // appended: where to write or add the gradient; none: new memory
+  kGradBias,    // a running sum; likewise
+};
+enum FusedLossSize {
+  kSeqLen,
+  kHeads,
+  kFirstShift,
+  kIgnoreIndex,
+  kChunkRows,
+  kWorkspaceBytes,
+  kWithMetrics,
+  kDetachWeight,  // appended: 1-based heads, to the end
+};
+// The bits of `flags` (`flags_of` in mtp_ext/ops/loss/native_cpu.py).
+enum FusedLossFlag : int64_t {
+  kNeedMeasures = 1,  // tables, and the sums of each head
+  kNeedHidden = 2,
+  kNeedWeight = 4,
+  kNeedBias = 8,
+  kAccumulate = 16,  // add to the given gradient of weight instead of overwriting it
+  kWiden = 32,       // hold logits in float32 where the operands have 16 bits
+};
+
+std::vector<Tensor> new_tables(int64_t heads, int64_t batch, int64_t seq_len, ScalarType acc) {
+  return {empty_cpu({heads, batch, seq_len}, acc), empty_cpu({heads, batch, seq_len}, acc),
+          empty_cpu({heads, batch, seq_len}, ScalarType::Int)};
+}
+
+// `results` gets the sums in front; returns the flat index into labels of a target that is no class, or -1.
 template <typename acc_t>
-FusedLossResult all_results(const FusedLossArguments& arguments) {
+int64_t run(const FusedLossArguments& arguments, bool measures, std::vector<Tensor>* results) {
   FusedLoss<acc_t> fused(arguments);
   const int64_t invalid = fused.run();
-  if (invalid < 0) return fused.result();
-  const Tensor none = empty_cpu({0}, ScalarType::Float);
-  return {none, none, none, none, none, none, none, invalid};
+  if (invalid >= 0) return invalid;
+  const std::vector<Tensor> sums = fused.sums(measures);
+  results->insert(results->begin(), sums.begin(), sums.end());
+  return -1;
 }
 
-template <typename acc_t>
-PlainLossResult loss_alone(const FusedLossArguments& arguments, const OptionalTensor& grad_hidden) {
-  FusedLoss<acc_t> fused(arguments);
-  const int64_t invalid = fused.run();
-  if (invalid < 0) return {fused.loss(), grad_hidden, arguments.grad_weight, -1};
-  return {empty_cpu({}, ScalarType::Float), std::nullopt, std::nullopt, invalid};
-}
-
-FusedLossResult fused_loss_cpu(const std::vector<Tensor>& hidden, const Tensor& weight, const OptionalTensor& bias,
-                               const Tensor& labels, const OptionalTensor& document_ids,
-                               const OptionalTensor& token_weights, const OptionalTensor& class_weights,
-                               const OptionalTensor& head_weights, const OptionalTensor& row_scale,
-                               const OptionalTensor& lse_grad, std::optional<double> normalizer, int64_t seq_len,
-                               int64_t first_shift, int64_t ignore_index, double label_smoothing, double z_loss,
-                               double softcap, double logit_scale, const std::vector<int64_t>& detach_weight,
-                               ScalarType compute_dtype, const Tensor& workspace,
-                               const std::vector<Tensor>& grad_hidden, const OptionalTensor& grad_weight,
-                               const OptionalTensor& grad_bias) {
-  const FusedLossArguments arguments{hidden,        weight,        bias,         labels,        document_ids,
-                                     token_weights, class_weights, head_weights, row_scale,     lse_grad,
-                                     normalizer,    seq_len,       first_shift,  ignore_index,  label_smoothing,
-                                     z_loss,        softcap,       logit_scale,  detach_weight, compute_dtype,
-                                     workspace,     grad_hidden,   grad_weight,  grad_bias,     Tables::kAll};
-  if (compute_dtype == ScalarType::Double) return all_results<double>(arguments);
-  return all_results<float>(arguments);
-}
-
-// The same for one head without options, where the steps to the call above would cost a small loss as much as itself.
-PlainLossResult plain_loss_cpu(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-                               std::optional<double> normalizer, int64_t ignore_index, const Tensor& workspace,
-                               int64_t chunk_rows, bool need_hidden, bool need_weight) {
-  const int64_t n_rows = targets.numel(), vocab = weight.size(0), width = weight.size(1);
-  STD_TORCH_CHECK(hidden.numel() == n_rows * width && hidden.scalar_type() == weight.scalar_type(),
-                  "hidden must be [..., D] of weight's dtype, and targets [...]");
-  STD_TORCH_CHECK(workspace.is_contiguous() && workspace.scalar_type() == weight.scalar_type() && chunk_rows > 0 &&
-                      workspace.numel() >= chunk_rows * vocab,
-                  "workspace must be contiguous, of weight's dtype, and hold chunk_rows * V elements");
-  OptionalTensor grad_hidden, grad_weight;
-  if (need_hidden) grad_hidden = empty_like_cpu(hidden);
-  if (need_weight) grad_weight = empty_like_cpu(weight);
-  const OptionalTensor none;
-  const std::vector<int64_t> no_heads;
-  const std::vector<Tensor> rows{as_matrix(hidden, n_rows, width)};
-  std::vector<Tensor> grad_rows;
-  if (need_hidden) grad_rows.push_back(as_matrix(*grad_hidden, n_rows, width));
-  const Tensor labels = as_matrix(torch::stable::contiguous(targets), 1, n_rows);
-  const Tensor chunk = reinterpreted(workspace, {chunk_rows, vocab}, {vocab, 1}, 0);
-  const FusedLossArguments arguments{
-      rows,       weight,    none,        labels,       none,         none, none, none, none,     none,
-      normalizer, n_rows,    0,           ignore_index, 0.0,          0.0,  0.0,  1.0,  no_heads, weight.scalar_type(),
-      chunk,      grad_rows, grad_weight, none,         Tables::kNone};
-  if (weight.scalar_type() == ScalarType::Double) return loss_alone<double>(arguments, grad_hidden);
-  return loss_alone<float>(arguments, grad_hidden);
+// results: loss 0-d; with kNeedMeasures head_loss, n_valid, denominators [n] and the tables loss, lse, predicted
+// [n, B, S]; then the gradients that are needed, of weight, of bias, of hidden in its form. first_invalid: the flat index
+// into labels of a target that is no class, or -1; where there is one, nothing was computed.
+std::tuple<std::vector<Tensor>, int64_t> fused_loss_cpu(const std::vector<Tensor>& hidden, const Tensor& weight,
+                                                        const std::vector<OptionalTensor>& tensors,
+                                                        const std::vector<double>& options,
+                                                        const std::vector<int64_t>& sizes, ScalarType compute_dtype,
+                                                        int64_t flags) {
+  STD_TORCH_CHECK(!tensors.empty() && tensors[kLabels].has_value() && sizes.size() >= kDetachWeight &&
+                      static_cast<int64_t>(options.size()) == RowOptions::kPacked + 1,
+                  "expected the lists of LossCall.pack()");
+  const auto given = [&](size_t i) { return i < tensors.size() ? tensors[i] : OptionalTensor(); };
+  const bool is_double = compute_dtype == ScalarType::Double, measures = (flags & kNeedMeasures) != 0;
+  const ScalarType acc = is_double ? ScalarType::Double : ScalarType::Float;
+  FusedLossArguments a;
+  a.weight = weight;
+  a.labels = *tensors[kLabels];
+  a.seq_len = sizes[kSeqLen];
+  if (a.seq_len < 0) {  // of one head, a target for each row, in any shape
+    a.seq_len = a.labels.numel();
+    a.labels = as_matrix(torch::stable::contiguous(a.labels), 1, a.seq_len);
+  }
+  const int64_t heads = sizes[kHeads], rows = a.labels.size(0) * a.seq_len, width = weight.size(-1);
+  a.hidden = rows_of_heads(hidden, heads, rows, width);
+  a.document_ids = given(kDocumentIds);
+  a.token_weights = given(kTokenWeights);
+  a.class_weights = given(kClassWeights);
+  a.bias = given(kBias);
+  a.head_weights = given(kHeadWeights);
+  a.row_scale = given(kRowScale);
+  a.lse_grad = given(kLseGrad);
+  a.options = RowOptions::of(options.data());
+  if (options.back() != 0.0) a.normalizer = options.back();
+  if (const OptionalTensor divisor = given(kDivisor)) {
+    check_vector(*divisor, 1, ScalarType::Double, "normalizer");
+    a.normalizer = *divisor->const_data_ptr<double>();
+  }
+  a.first_shift = sizes[kFirstShift];
+  a.ignore_index = sizes[kIgnoreIndex];
+  a.limits = {sizes[kChunkRows], sizes[kWorkspaceBytes]};
+  a.detach_weight = {sizes.begin() + kDetachWeight, sizes.end()};
+  a.compute_dtype = compute_dtype;
+  a.logits_dtype = (flags & kWiden) != 0 ? ScalarType::Float : compute_dtype;
+  a.accumulate = (flags & kAccumulate) != 0;
+  if (measures) a.tables = new_tables(heads, a.labels.size(0), a.seq_len, acc);
+  std::vector<Tensor> results = a.tables;
+  if ((flags & kNeedWeight) != 0) {
+    a.grad_weight = given(kGradWeight);
+    if (!a.grad_weight.has_value()) a.grad_weight = empty_like_cpu(weight, acc);
+    results.push_back(*a.grad_weight);
+  }
+  if ((flags & kNeedBias) != 0) {
+    a.grad_bias = given(kGradBias);
+    if (!a.grad_bias.has_value()) zero(a.grad_bias.emplace(empty_cpu({weight.size(-2)}, acc)));
+    results.push_back(*a.grad_bias);
+  }
+  if ((flags & kNeedHidden) != 0) {
+    const size_t first = results.size();
+    for (const Tensor& h : hidden) {
+      // The loss scale that keeps float16 gradients from underflowing arrives with the backward: until then, float32.
+      const bool is_half = h.scalar_type() == ScalarType::Half;
+      results.push_back(empty_like_cpu(h, is_half ? ScalarType::Float : h.scalar_type()));
+    }
+    a.grad_hidden = rows_of_heads({results.begin() + static_cast<int64_t>(first), results.end()}, heads, rows, width);
+  }
+  const int64_t invalid = is_double ? run<double>(a, measures, &results) : run<float>(a, measures, &results);
+  return {std::move(results), invalid};
 }
 
 }  // namespace
 }  // namespace mtp
 
-STABLE_TORCH_LIBRARY_IMPL(mtp_ext, CPU, m) {
-  m.impl("_fused_loss_", TORCH_BOX(&mtp::fused_loss_cpu));
-  m.impl("_plain_loss_", TORCH_BOX(&mtp::plain_loss_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(mtp_ext, CPU, m) { m.impl("_fused_loss_", TORCH_BOX(&mtp::fused_loss_cpu)); }

@@ -1,48 +1,47 @@
-// The loss of all heads on the CPU, in one call: what ops/head_loss.py does a step at a time for devices whose row
-// counts no host sees and for sharded vocabularies. One op, because its steps through Python cost 0.4 ms a call, which
-// is more than the products of a small vocabulary.
+// The loss of all heads on the CPU in one call: selection, chunks, products and sums. Written natively because the same
+// steps from Python (ops/loss/row_loop.py) cost 0.4 ms a call, more than the products of a small vocabulary.
 #pragma once
-#include <torch/csrc/stable/library.h>
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
-#include <memory>
+#include <optional>
 #include <vector>
 
+#include "core/chunk_size.h"
+#include "core/row_loss.h"
 #include "cpu/capability.h"
 #include "cpu/column_sum.h"
 #include "cpu/head_sums.h"
-#include "cpu/loss_rows.h"
-#include "cpu/select_rows.h"
+#include "cpu/workspace.h"
+#include "ops/check.h"
 #include "ops/chunk_gemms_cpu.h"
-#include "ops/cpu_tensor.h"
-#include "ops/fused_loss_arguments.h"
+#include "ops/head_rows_cpu.h"
+#include "ops/loss_rows.h"
 
 namespace mtp {
 
-using torch::stable::parallel_for;
-
-constexpr int64_t kGrain = 1 << 15;  // elements for which a second thread pays
-
-// Of a part of a product that a thread does by itself: the fewest rows (of hidden states) and columns (of the weight's
-// gradient), below which it loses to a product that threads do together; and the most bytes of logits.
-constexpr int64_t kPartRows = 128, kPartColumns = 512, kPartBytes = 512 << 10;
-
-inline int64_t grain_of(int64_t elements_per_row) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_row));
-}
-
-inline Tensor copy(const Tensor& x, Tensor to) { return torch::stable::copy_(to, x); }
-
-inline void zero(Tensor x) { torch::stable::zero_(x); }
-
-// Part of a chunk: rows of one head.
-struct Piece {
-  int64_t head, in_chunk, size;
-  const int64_t* rows;  // their flat indices
-  bool consecutive;     // every row of the head counts
+struct FusedLossArguments {
+  std::vector<Tensor> hidden;  // n of [B * S, D]
+  Tensor weight;               // [V, D] or [n, V, D]
+  Tensor labels;               // [B, label_len]
+  OptionalTensor document_ids, token_weights, class_weights, bias, head_weights;
+  OptionalTensor row_scale, lse_grad;  // [n * B * S]
+  RowOptions options;
+  std::optional<double> normalizer;  // of every head; none: each head's sum of weights
+  int64_t seq_len = 0, first_shift = 0, ignore_index = 0;
+  std::vector<int64_t> detach_weight;  // 1-based heads
+  ScalarType compute_dtype = ScalarType::Float, logits_dtype = ScalarType::Float;
+  ChunkLimits limits;
+  std::vector<Tensor> tables;       // loss, lse, predicted [n * B * S], or none
+  std::vector<Tensor> grad_hidden;  // n of [B * S, D], or none
+  OptionalTensor grad_weight, grad_bias;
+  bool accumulate = false;  // add to grad_weight instead of overwriting it
 };
+
+// The part of a product that a thread computes alone: the fewest rows (of hidden states) and columns (of the weight's
+// gradient) that beat threads computing it together, and the most bytes of logits.
+inline constexpr int64_t kPartRows = 128, kPartColumns = 512, kPartBytes = 512 << 10;
 
 template <typename acc_t>
 class FusedLoss {
@@ -50,69 +49,55 @@ class FusedLoss {
   explicit FusedLoss(const FusedLossArguments& arguments)
       : a_(arguments),
         rule_(target_rule(a_.labels, a_.document_ids, a_.token_weights, a_.seq_len, a_.first_shift, a_.ignore_index)),
-        heads_(static_cast<int64_t>(a_.hidden.size())),
-        head_rows_(rule_.batch * rule_.seq_len),
         vocab_(a_.weight.size(-2)),
-        replicated_(a_.weight.dim() == 3) {
+        replicated_(a_.weight.dim() == 3),
+        rows_(rule_, static_cast<int64_t>(a_.hidden.size()), vocab_),
+        chunks_(rows_, a_.hidden, a_.grad_hidden, a_.compute_dtype, a_.logits_dtype) {
     check();
   }
 
   // The flat index into labels of a target that is no class, and nothing else is computed; or -1.
   int64_t run() {
-    rows_.reset(new int64_t[static_cast<size_t>(heads_ * head_rows_)]);
-    std::vector<int64_t> counts(static_cast<size_t>(heads_));
-    const int64_t invalid = select_rows(rule_, heads_, vocab_, rows_.get(), counts.data());
-    if (invalid >= 0) return invalid;
-    for (const int64_t count : counts) offsets_.push_back(offsets_.back() + count);
-    make_tables();
+    if (rows_.first_invalid() >= 0) return rows_.first_invalid();
+    const int64_t item = element_size(a_.logits_dtype);
+    const int64_t chunk = chunk_size(most_joint_rows(), vocab_, item, 0, a_.limits);
+    const Workspace workspace(static_cast<size_t>(chunk * vocab_ * item));
+    logits_ = matrix_of(workspace.data(), chunk, vocab_, a_.logits_dtype);
+    set_tables();
     set_scales();
     set_row_pass();
     run_heads();
-    for (int64_t k = 0; k < heads_; ++k)
-      head_loss_.push_back(weigh_losses(rule_, rows(offsets_[k]), count(k), losses_.mutable_data_ptr<acc_t>()) /
-                           divisor(k));
+    logits_ = Tensor();
     return -1;
   }
 
-  // What follows is good after a run() that returned -1.
-  Tensor loss() const {
+  // After a run() that returned -1: loss 0-d; and, where they are wanted, head_loss, n_valid and denominators [n].
+  std::vector<Tensor> sums(bool of_heads) const {
+    const int64_t heads = rows_.heads();
+    std::vector<double> head_loss;
     double total = 0.0;
-    for (int64_t k = 0; k < heads_; ++k) total += head_loss_[k] * head_weight(k);
-    return filled<acc_t>({}, kAcc, [&](int64_t) { return total; });
-  }
-
-  FusedLossResult result() const {
-    return {loss(),
-            filled<acc_t>({heads_}, kAcc, [&](int64_t k) { return head_loss_[k]; }),
-            filled<int64_t>({heads_}, ScalarType::Long, [&](int64_t k) { return count(k); }),
-            filled<acc_t>({heads_}, kAcc, [&](int64_t k) { return denominators_[k]; }),
-            losses_,
-            lse_,
-            predicted_,
-            -1};
+    for (int64_t k = 0; k < heads; ++k) {
+      head_loss.push_back(weigh_losses(rule_, rows_.at(rows_.begin(k)), rows_.count(k), row_pass_.tables.loss) /
+                          divisor(k));
+      total += head_loss.back() * head_weight(k);
+    }
+    std::vector<Tensor> found{filled<acc_t>({}, kAcc, [&](int64_t) { return total; })};
+    if (!of_heads) return found;
+    found.push_back(filled<acc_t>({heads}, kAcc, [&](int64_t k) { return head_loss[k]; }));
+    found.push_back(filled<int64_t>({heads}, ScalarType::Long, [&](int64_t k) { return rows_.count(k); }));
+    found.push_back(filled<acc_t>({heads}, kAcc, [&](int64_t k) { return denominators_[k]; }));
+    return found;
   }
 
  private:
-  static constexpr ScalarType kAcc = sizeof(acc_t) == 8 ? ScalarType::Double : ScalarType::Float;
-
-  template <typename scalar_t, typename Value>
-  static Tensor filled(std::initializer_list<int64_t> sizes, ScalarType dtype, const Value& value) {
-    Tensor x = empty_cpu(sizes, dtype);
-    const int64_t numel = x.numel();
-    for (int64_t i = 0; i < numel; ++i) x.mutable_data_ptr<scalar_t>()[i] = static_cast<scalar_t>(value(i));
-    return x;
-  }
-
-  const int64_t* rows(int64_t i) const { return rows_.get() + i; }
-  int64_t count(int64_t head) const { return offsets_[head + 1] - offsets_[head]; }
+  static constexpr ScalarType kAcc = kScalarType<acc_t>;
 
   void check() const {
-    const Tensor& w = a_.workspace;
-    STD_TORCH_CHECK(heads_ > 0 && w.dim() == 2 && w.size(1) == vocab_ && w.is_contiguous(),
-                    "workspace must be contiguous [C, V], for at least one head");
-    STD_TORCH_CHECK(w.size(0) > 0 || heads_ * head_rows_ == 0, "workspace must hold at least one row");
-    const int64_t width = a_.weight.size(-1);
-    const auto is_rows = [&](const Tensor& x) { return x.dim() == 2 && x.size(0) == head_rows_ && x.size(1) == width; };
+    const int64_t heads = rows_.heads(), width = a_.weight.size(-1);
+    STD_TORCH_CHECK(heads > 0, "hidden must hold at least one head");
+    const auto is_rows = [&](const Tensor& x) {
+      return x.dim() == 2 && x.size(0) == rows_.per_head() && x.size(1) == width;
+    };
     for (const Tensor& h : a_.hidden)
       STD_TORCH_CHECK(is_rows(h) && h.scalar_type() == a_.hidden[0].scalar_type(),
                       "hidden must be n tensors [B * S, D] of one dtype");
@@ -123,72 +108,68 @@ class FusedLoss {
                       "grad_hidden must be n contiguous tensors [B * S, D] of one dtype");
     if (a_.grad_weight.has_value()) check_vector(*a_.grad_weight, a_.weight.numel(), kAcc, "grad_weight");
     if (a_.grad_bias.has_value()) check_vector(*a_.grad_bias, vocab_, kAcc, "grad_bias");
-    if (a_.head_weights.has_value()) check_vector(*a_.head_weights, heads_, ScalarType::Double, "head_weights");
+    if (a_.head_weights.has_value()) check_vector(*a_.head_weights, heads, ScalarType::Double, "head_weights");
   }
 
   // Rows that do not count keep 0, 0 and -1, where somebody reads them.
-  void make_tables() {
-    const int64_t all = heads_ * head_rows_;
-    losses_ = empty_cpu({all}, kAcc);
-    if (a_.tables == Tables::kNone) return;
-    lse_ = empty_cpu({all}, kAcc);
-    predicted_ = empty_cpu({all}, ScalarType::Int);
-    if (offsets_.back() == all) return;
-    zero(losses_);
-    zero(lse_);
-    std::fill_n(predicted_.mutable_data_ptr<int32_t>(), all, -1);
+  void set_tables() {
+    const int64_t all = rows_.heads() * rows_.per_head();
+    if (a_.tables.empty()) {
+      losses_ = empty_cpu({all}, kAcc);
+      row_pass_.tables = {losses_.mutable_data_ptr<acc_t>(), nullptr, nullptr};
+      return;
+    }
+    row_pass_.tables = row_tables<acc_t>(a_.tables, all);
+    if (rows_.all_count()) return;
+    std::fill_n(row_pass_.tables.loss, all, acc_t{0});
+    std::fill_n(row_pass_.tables.lse, all, acc_t{0});
+    std::fill_n(row_pass_.tables.predicted, all, -1);
   }
 
-  const float* class_weights() const {
-    return a_.class_weights.has_value() ? a_.class_weights->const_data_ptr<float>() : nullptr;
-  }
+  const float* class_weights() const { return optional_vector<float>(a_.class_weights, vocab_, "class_weights"); }
 
   double head_weight(int64_t head) const {
     return a_.head_weights.has_value() ? a_.head_weights->const_data_ptr<double>()[head] : 1.0;
   }
 
-  // What a head's sum is divided by. Behind a denominator of 0 are no rows, or rows of weight 0: their sum is 0.
+  // A zero denominator means zero total weight, so the head's sum is 0 as well; divide by 1.
   double divisor(int64_t head) const { return denominators_[head] == 0.0 ? 1.0 : denominators_[head]; }
 
   void set_scales() {
-    for (int64_t k = 0; k < heads_; ++k) {
+    for (int64_t k = 0; k < rows_.heads(); ++k) {
       denominators_.push_back(a_.normalizer.has_value()
                                   ? *a_.normalizer
-                                  : sum_of_weights(rule_, rows(offsets_[k]), count(k), class_weights()));
+                                  : sum_of_weights(rule_, rows_.at(rows_.begin(k)), rows_.count(k), class_weights()));
       head_scale_.push_back(static_cast<acc_t>(head_weight(k) / divisor(k)));
     }
   }
 
-  const acc_t* optional(const OptionalTensor& x, int64_t size, const char* name) const {
-    if (!x.has_value()) return nullptr;
-    check_vector(*x, size, kAcc, name);
-    return x->const_data_ptr<acc_t>();
-  }
-
   void set_row_pass() {
-    if (a_.class_weights.has_value()) check_vector(*a_.class_weights, vocab_, ScalarType::Float, "class_weights");
-    double class_weight_sum = static_cast<double>(vocab_);
-    if (const float* weights = class_weights()) {
-      class_weight_sum = 0.0;
-      for (int64_t v = 0; v < vocab_; ++v) class_weight_sum += weights[v];
-    }
-    row_pass_.logits = a_.workspace.mutable_data_ptr();
-    row_pass_.dtype = dtype_of(a_.workspace);
+    const int64_t all = rows_.heads() * rows_.per_head();
+    row_pass_.logits = logits_.mutable_data_ptr();
+    row_pass_.dtype = dtype_of(logits_);
     row_pass_.row_stride = row_pass_.vocab_size = vocab_;
     row_pass_.targets = rule_;
     row_pass_.head_scale = head_scale_.data();
-    row_pass_.row_scale = optional(a_.row_scale, losses_.numel(), "row_scale");
-    row_pass_.lse_grad = optional(a_.lse_grad, losses_.numel(), "lse_grad");
+    row_pass_.row_scale = optional_vector<acc_t>(a_.row_scale, all, "row_scale");
+    row_pass_.lse_grad = optional_vector<acc_t>(a_.lse_grad, all, "lse_grad");
     row_pass_.class_weights = class_weights();
-    row_pass_.bias = optional(a_.bias, vocab_, "bias");
-    row_pass_.logit_scale = a_.logit_scale;
-    row_pass_.softcap = a_.softcap;
-    row_pass_.options = {a_.label_smoothing, a_.z_loss, class_weight_sum, vocab_};
+    row_pass_.bias = optional_vector<acc_t>(a_.bias, vocab_, "bias");
+    row_pass_.options = a_.options;
+    row_pass_.options.vocab_size = vocab_;
+    row_pass_.options.class_weight_sum = static_cast<double>(vocab_);
+    if (const float* weights = class_weights()) {
+      double& sum = row_pass_.options.class_weight_sum = 0.0;
+      for (int64_t v = 0; v < vocab_; ++v) sum += weights[v];
+    }
     row_pass_.stage = Stage::kWhole;
-    row_pass_.loss = losses_.mutable_data_ptr<acc_t>();
-    if (a_.tables == Tables::kNone) return;
-    row_pass_.lse = lse_.mutable_data_ptr<acc_t>();
-    row_pass_.predicted = predicted_.mutable_data_ptr<int32_t>();
+  }
+
+  // Of the rows that may share chunks.
+  int64_t most_joint_rows() const {
+    int64_t most = 0;
+    for (int64_t k = 0; k < rows_.heads(); ++k) most = std::max(most, rows_.count(k));
+    return replicated_ ? most : rows_.begin(rows_.heads());
   }
 
   bool detached(int64_t head) const {
@@ -197,22 +178,18 @@ class FusedLoss {
 
   // Heads share chunks where they share the unembedding and the answer to detach_weight.
   void run_heads() {
-    for (int64_t k = 0; k < heads_; ++k)
-      if (!a_.grad_hidden.empty() && count(k) < head_rows_) zero(a_.grad_hidden[k]);
-    bool written = false;
-    for (int64_t first = 0, last; first < heads_; first = last) {
+    chunks_.zero_partial_heads();
+    bool written = a_.accumulate;
+    for (int64_t first = 0, last; first < rows_.heads(); first = last) {
       last = first + 1;
-      while (!replicated_ && last < heads_ && detached(last) == detached(first)) ++last;
-      if (replicated_) written = false;
-      OptionalTensor grad_weight;
-      if (a_.grad_weight.has_value() && !(detached(first) && !replicated_))
-        grad_weight = replicated_ ? torch::stable::select(*a_.grad_weight, 0, first) : *a_.grad_weight;
-      if (replicated_ && detached(first) && grad_weight.has_value()) {
-        zero(*grad_weight);
-        grad_weight.reset();
-        written = true;
+      while (!replicated_ && last < rows_.heads() && detached(last) == detached(first)) ++last;
+      OptionalTensor grad_weight = a_.grad_weight;
+      if (replicated_ && grad_weight.has_value()) {
+        written = a_.accumulate;
+        grad_weight = torch::stable::select(*grad_weight, 0, first);
       }
-      written = run_range(first, last, grad_weight, written) || written;
+      const OptionalTensor destination = detached(first) ? OptionalTensor() : grad_weight;
+      written = run_range(first, last, destination, written) || written;
       if (replicated_ && grad_weight.has_value() && !written) zero(*grad_weight);
     }
     if (!replicated_ && a_.grad_weight.has_value() && !written) zero(*a_.grad_weight);
@@ -220,12 +197,11 @@ class FusedLoss {
 
   // Whether grad_weight was written.
   bool run_range(int64_t first, int64_t last, const OptionalTensor& grad_weight, bool accumulate) {
-    const int64_t begin = offsets_[first], end = offsets_[last];
+    const int64_t begin = rows_.begin(first), end = rows_.begin(last);
     if (begin == end) return false;
     const Tensor weight = replicated_ ? torch::stable::select(a_.weight, 0, first) : a_.weight;
-    ChunkGemmsCpu gemms(weight, a_.compute_dtype, a_.workspace.scalar_type());
-    const int64_t chunks = (end - begin + a_.workspace.size(0) - 1) / a_.workspace.size(0);
-    const int64_t size = (end - begin + chunks - 1) / chunks;
+    ChunkGemmsCpu gemms(weight, a_.compute_dtype, a_.logits_dtype);
+    const int64_t size = balanced_chunk(end - begin, logits_.size(0));
     for (int64_t low = begin; low < end; low += size) {
       run_chunk(low, std::min(low + size, end), gemms, grad_weight, accumulate);
       accumulate = true;
@@ -234,21 +210,22 @@ class FusedLoss {
   }
 
   void run_chunk(int64_t low, int64_t high, ChunkGemmsCpu& gemms, const OptionalTensor& grad_weight, bool accumulate) {
-    const std::vector<Piece> pieces = pieces_of(low, high);
-    const Tensor h = gathered(pieces, high - low), z = slice(a_.workspace, 0, 0, high - low);
-    const bool need_hidden = !a_.grad_hidden.empty();
+    const std::vector<Piece> pieces = rows_.pieces(low, high);
+    const Tensor h = chunks_.gather(pieces, high - low), z = slice(logits_, 0, 0, high - low);
+    const bool need_hidden = chunks_.need_grad();
     const bool with_gradient = need_hidden || grad_weight.has_value() || a_.grad_bias.has_value();
-    row_pass_.rows = rows(low);
+    row_pass_.rows = rows_.at(low);
     row_pass_.gradient = with_gradient ? Gradient::kWrite : Gradient::kSkip;
-    const Tensor grad_hidden = need_hidden ? grad_hidden_of(pieces, z) : Tensor();
+    const Tensor grad_hidden = need_hidden ? chunks_.destination(pieces, z.size(0)) : Tensor();
     const bool share = fits_caches(z, gemms);
     share_out(share, z.size(0), kPartRows, [&](int64_t begin, int64_t end) {
       const Tensor part = slice(z, 0, begin, end - begin);
       gemms.logits(slice(h, 0, begin, end - begin), part);
-      parallel_for(begin, end, grain_of(vocab_), [&](int64_t first, int64_t last) { pass(first, last); });
+      parallel_for(begin, end, grain_of(vocab_),
+                   [&](int64_t first, int64_t last) { loss_rows_cpu(row_pass_, first, last); });
       if (need_hidden) gemms.grad_hidden(part, slice(grad_hidden, 0, begin, end - begin));
     });
-    if (need_hidden) scatter_grad_hidden(pieces, grad_hidden);
+    if (need_hidden) chunks_.scatter(pieces, grad_hidden);
     if (grad_weight.has_value()) {
       share_out(share, h.size(1), kPartColumns, [&](int64_t begin, int64_t end) {
         const int64_t size = end - begin;
@@ -258,9 +235,9 @@ class FusedLoss {
     if (a_.grad_bias.has_value()) add_grad_bias(z);
   }
 
-  // Whether the logits of a chunk are few enough for each thread to keep its part of them in its L2 cache. Then threads
-  // do not multiply together but each a part of the rows (of the columns for the weight's gradient): they wait for each
-  // other twice in place of four times. 3 % of a call at N = D = 1024, V = 256; none where products are larger.
+  // Whether each thread can keep its part of a chunk's logits in its L2 cache. Then threads do not multiply together:
+  // each takes a part of the rows (of the columns, for the weight's gradient), and they meet twice instead of four
+  // times. 3 % of a call at N = D = 1024, V = 256; nothing where products are larger.
   static bool fits_caches(const Tensor& z, const ChunkGemmsCpu& gemms) {
     const int64_t bytes = z.numel() * static_cast<int64_t>(z.element_size());
     return bytes <= kPartBytes * torch::stable::get_num_threads() && gemms.shareable();
@@ -272,81 +249,6 @@ class FusedLoss {
     const int64_t threads = torch::stable::get_num_threads(), part = (size + threads - 1) / threads;
     if (!share || threads == 1 || part < fewest) return body(0, size);
     parallel_for(0, size, part, body);
-  }
-
-  void pass(int64_t begin, int64_t end) const {
-    if constexpr (sizeof(acc_t) == 8) {
-      loss_rows_double(row_pass_, begin, end);
-    } else {
-      loss_rows_kernel(cpu_capability())(row_pass_, begin, end);
-    }
-  }
-
-  std::vector<Piece> pieces_of(int64_t low, int64_t high) const {
-    std::vector<Piece> found;
-    for (int64_t k = 0; k < heads_; ++k) {
-      const int64_t begin = std::max(low, offsets_[k]), end = std::min(high, offsets_[k + 1]);
-      if (begin < end) found.push_back({k, begin - low, end - begin, rows(begin), count(k) == head_rows_});
-    }
-    return found;
-  }
-
-  // A buffer [C, D] for one use in every chunk, made when the first needs it.
-  Tensor buffer(Tensor& held, int64_t size, ScalarType dtype) const {
-    if (!held.defined() || held.size(0) < size) held = empty_cpu({size, a_.weight.size(-1)}, dtype);
-    return slice(held, 0, 0, size);
-  }
-
-  int64_t in_head(const Piece& piece, int64_t i) const { return piece.rows[i] - piece.head * head_rows_; }
-
-  // The chunk's rows of `hidden` as a GEMM operand: a view where they are consecutive and need no conversion.
-  Tensor gathered(const std::vector<Piece>& pieces, int64_t size) {
-    const ScalarType from = a_.hidden[0].scalar_type(), logits = a_.workspace.scalar_type();
-    const Piece& first = pieces.front();
-    Tensor picked;
-    if (pieces.size() == 1 && first.consecutive) {
-      picked = slice(a_.hidden[first.head], 0, in_head(first, 0), size);
-    } else {
-      picked = buffer(picked_, size, from);
-      for (const Piece& piece : pieces) {
-        const Tensor source = torch::stable::contiguous(a_.hidden[piece.head]);
-        copy_rows(source, picked, piece, /*gather=*/true);
-      }
-    }
-    if (from != a_.compute_dtype) picked = copy(picked, buffer(rounded_, size, a_.compute_dtype));
-    if (logits != a_.compute_dtype) picked = copy(picked, buffer(widened_, size, logits));
-    return picked;
-  }
-
-  // Whether the chunk's part of the gradient of `hidden` can be written where it belongs.
-  bool in_place(const std::vector<Piece>& pieces) const {
-    return pieces.size() == 1 && pieces[0].consecutive && a_.grad_hidden[0].scalar_type() == a_.workspace.scalar_type();
-  }
-
-  // What the chunk's gradient of `hidden` is written to.
-  Tensor grad_hidden_of(const std::vector<Piece>& pieces, const Tensor& z) {
-    if (!in_place(pieces)) return buffer(product_, z.size(0), z.scalar_type());
-    return slice(a_.grad_hidden[pieces[0].head], 0, in_head(pieces[0], 0), z.size(0));
-  }
-
-  void scatter_grad_hidden(const std::vector<Piece>& pieces, Tensor grad) {
-    if (in_place(pieces)) return;
-    const ScalarType dtype = a_.grad_hidden[0].scalar_type();
-    if (dtype != grad.scalar_type()) grad = copy(grad, buffer(narrowed_, grad.size(0), dtype));
-    for (const Piece& piece : pieces) copy_rows(grad, a_.grad_hidden[piece.head], piece, /*gather=*/false);
-  }
-
-  // Rows of a head to their places in the chunk, or back; both contiguous and of one dtype.
-  void copy_rows(const Tensor& from, const Tensor& to, const Piece& piece, bool gather) const {
-    const int64_t bytes = from.size(1) * static_cast<int64_t>(from.element_size());
-    const auto* source = static_cast<const char*>(from.const_data_ptr());
-    auto* target = static_cast<char*>(to.mutable_data_ptr());
-    parallel_for(0, piece.size, grain_of(from.size(1)), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t whole = in_head(piece, i), part = piece.in_chunk + i;
-        std::memcpy(target + (gather ? part : whole) * bytes, source + (gather ? whole : part) * bytes, bytes);
-      }
-    });
   }
 
   void add_grad_bias(const Tensor& z) const {
@@ -362,17 +264,25 @@ class FusedLoss {
     });
   }
 
+  template <typename scalar_t, typename Value>
+  static Tensor filled(std::initializer_list<int64_t> sizes, ScalarType dtype, const Value& value) {
+    Tensor x = empty_cpu(sizes, dtype);
+    const int64_t numel = x.numel();
+    for (int64_t i = 0; i < numel; ++i) x.mutable_data_ptr<scalar_t>()[i] = static_cast<scalar_t>(value(i));
+    return x;
+  }
+
   const FusedLossArguments& a_;
   const TargetRule rule_;
-  const int64_t heads_, head_rows_, vocab_;
+  const int64_t vocab_;
   const bool replicated_;
-  std::unique_ptr<int64_t[]> rows_;
-  std::vector<int64_t> offsets_{0};  // of each head in rows_
-  Tensor losses_, lse_, predicted_;
-  std::vector<double> denominators_, head_loss_;
+  const HeadRows rows_;
+  HiddenChunks chunks_;
+  Tensor logits_;  // [C, V], scratch
+  Tensor losses_;  // where the caller wants no tables
+  std::vector<double> denominators_;
   std::vector<acc_t> head_scale_;
   LossRowsParams<acc_t> row_pass_{};
-  Tensor picked_, rounded_, widened_, product_, narrowed_;
 };
 
 }  // namespace mtp

@@ -3,8 +3,10 @@
 
 #include <cstdint>
 
+#include "core/chunk_size.h"
 #include "cpu/capability.h"
 #include "cpu/huge_pages.h"
+#include "cpu/workspace.h"
 
 namespace py = pybind11;
 
@@ -34,5 +36,12 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t address, size_t bytes) { mtp::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
       "Asks for huge pages behind a fresh allocation.");
   m.attr("HUGE_PAGE_BYTES") = mtp::kHugePageBytes;
+  m.def("release_workspace", &mtp::release_workspace, "Frees the block that the loss keeps; returns its bytes.");
+  m.def(
+      "chunk_size",
+      [](int64_t rows, int64_t vocab_size, int64_t item_size, int64_t width, int64_t limit_rows, int64_t limit_bytes) {
+        return mtp::chunk_size(rows, vocab_size, item_size, width, {limit_rows, limit_bytes});
+      },
+      "Rows of one chunk of logits: see csrc/core/chunk_size.h.");
   m.def("build_info", &build_info, "How this extension was built, and what it runs on.");
 }

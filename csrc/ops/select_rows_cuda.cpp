@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> select_rows_cuda(const Tensor& labels, const 
                                                     const OptionalTensor& token_weights, int64_t num_heads,
                                                     int64_t seq_len, int64_t first_shift, int64_t ignore_index,
                                                     int64_t vocab_size) {
-  check_same_device(labels, {}, {document_ids, token_weights});
+  check_same_device(labels, {document_ids, token_weights});
   STD_TORCH_CHECK(num_heads >= 1, "num_heads must be at least 1, got ", num_heads);
   SelectRowsParams p{};
   p.rule = target_rule(labels, document_ids, token_weights, seq_len, first_shift, ignore_index);

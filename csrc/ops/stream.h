@@ -27,15 +27,13 @@ inline void check_launch(cudaError_t error, const char* name) {
 }
 
 // The dispatcher looks at one argument; a kernel that is given another device's pointer corrupts memory.
-inline void check_same_device(const Tensor& first, std::initializer_list<Tensor> others,
-                              std::initializer_list<OptionalTensor> optional = {}) {
-  const auto check = [&](const Tensor& x) {
-    STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == first.get_device_index(),
+template <typename Tensors = std::initializer_list<OptionalTensor>>
+void check_same_device(const Tensor& first, const Tensors& others) {
+  const auto check = [&](const OptionalTensor& x) {
+    STD_TORCH_CHECK(!x.has_value() || (x->is_cuda() && x->get_device_index() == first.get_device_index()),
                     "every tensor must be on CUDA device ", first.get_device_index());
   };
-  for (const Tensor& x : others) check(x);
-  for (const OptionalTensor& x : optional)
-    if (x.has_value()) check(*x);
+  for (const auto& x : others) check(x);
 }
 
 }  // namespace mtp

@@ -50,14 +50,15 @@ int main() {
   p.targets.batch = 1;
   p.targets.seq_len = p.targets.label_len = p.targets.label_stride = kRows;
   p.head_scale = to_device(std::vector<float>{0.5f});  // a mean over two rows
-  p.logit_scale = 1.0;
+  p.options.logit_scale = 1.0;
   p.gradient = mtp::Gradient::kWrite;
-  p.loss = to_device(std::vector<float>(kRows, 0.0f));
-  p.lse = to_device(std::vector<float>(kRows, 0.0f));
-  p.predicted = to_device(std::vector<int32_t>(kRows, -1));
+  p.tables.loss = to_device(std::vector<float>(kRows, 0.0f));
+  p.tables.lse = to_device(std::vector<float>(kRows, 0.0f));
+  p.tables.predicted = to_device(std::vector<int32_t>(kRows, -1));
   check(mtp::launch_loss_rows(p, kRows, nullptr));
   check(cudaDeviceSynchronize());
-  const std::vector<float> loss = to_host(p.loss, kRows), gradient = to_host(static_cast<float*>(p.logits), kVocab);
+  const std::vector<float> loss = to_host(p.tables.loss, kRows),
+                           gradient = to_host(static_cast<float*>(p.logits), kVocab);
   for (const float x : loss) std::printf("loss %.6f\n", static_cast<double>(x));
   for (const float g : gradient) std::printf("%+.6f ", static_cast<double>(g));
   std::printf("\n");

@@ -12,6 +12,7 @@ except ImportError as error:
 
 from mtp_ext.ops import (
     MultiTokenLoss,
+    RowOptions,
     count_targets,
     debug_checks,
     linear_cross_entropy,
@@ -24,6 +25,7 @@ build_info = _C.build_info
 
 __all__ = [
     "MultiTokenLoss",
+    "RowOptions",
     "build_info",
     "count_targets",
     "debug_checks",

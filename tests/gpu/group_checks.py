@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,41 +13,47 @@ import torch.distributed as dist
 from torch import Tensor
 
 import mtp_ext
-from mtp_ext.ops.loss.row_kernels import ROW_STATISTICS, RowOptions, RowShard, RowTables, RowTargets, loss_rows_
+from mtp_ext.ops.common.result import RowTables
+from mtp_ext.ops.loss.arguments import LossCall
+from mtp_ext.ops.loss.options import RowOptions
+from mtp_ext.ops.loss.row_kernels import ROW_STATISTICS, RowScales, RowShard, loss_rows_
 from mtp_ext.ops.loss.vocabulary_shard import combined
 from tests.gpu.registry import CannotRun, check
 
 OPTIONS = (RowOptions(), RowOptions(label_smoothing=0.1, z_loss=1e-2, softcap=5.0, logit_scale=1.5))
 
 
-def whole_rows(
-    logits: Tensor, targets: RowTargets, options: RowOptions, class_weights: Tensor
-) -> tuple[Tensor, RowTables]:
+def call_of(logits: Tensor, options: RowOptions) -> LossCall:
+    """A row of logits for each target."""
+    labels = torch.randint(logits.shape[1], (1, len(logits)), device=logits.device)
+    return LossCall(labels, len(logits), 1, 0, torch.float32, options)
+
+
+def whole_rows(logits: Tensor, call: LossCall) -> tuple[Tensor, RowTables]:
     """The gradient of logits ``[R, V]``, and the tables."""
     rows, grad = torch.arange(len(logits), device=logits.device), logits.clone()
-    tables = RowTables.zeros(len(rows), torch.float32, logits.device)
-    loss_rows_(
-        grad,
-        rows,
-        targets,
-        tables,
-        head_scale=torch.ones(1, device=logits.device),
-        options=options,
-        class_weights=class_weights,
-        class_weight_sum=float(class_weights.sum()),
-        write_gradient=True,
-    )
+    tables = RowTables.zeros(1, 1, len(rows), dtype=torch.float32, device=logits.device)
+    loss_rows_(grad, rows, call, scales_of(call), tables, write_gradient=True)
     return grad, tables
 
 
-def sharded_rows(
-    logits: Tensor, targets: RowTargets, options: RowOptions, class_weights: Tensor, sizes: list[int]
-) -> tuple[Tensor, RowTables]:
+def scales_of(call: LossCall) -> RowScales:
+    class_weights = call.options.class_weights
+    assert class_weights is not None
+    return RowScales(torch.ones(1, device=class_weights.device), class_weight_sum=float(class_weights.sum()))
+
+
+def sharded_rows(logits: Tensor, call: LossCall, sizes: list[int]) -> tuple[Tensor, RowTables]:
     """The same from shards of ``sizes`` classes, one after the other."""
-    n_rows, device = len(logits), logits.device
-    rows, tables = torch.arange(n_rows, device=device), RowTables.zeros(n_rows, torch.float32, device)
+    n_rows, device, scales = len(logits), logits.device, scales_of(call)
+    rows = torch.arange(n_rows, device=device)
+    tables = RowTables.zeros(1, 1, n_rows, dtype=torch.float32, device=device)
     parts = [part.contiguous() for part in logits.split(sizes, 1)]
-    weights = class_weights.split(sizes)
+    assert call.options.class_weights is not None
+    own = [
+        replace(call, options=replace(call.options, class_weights=weights.contiguous()))
+        for weights in call.options.class_weights.split(sizes)
+    ]
     stages = [
         RowShard(
             sum(sizes[:i]),
@@ -57,20 +64,8 @@ def sharded_rows(
         for i in range(len(sizes))
     ]
     for stage in ("statistics", "gradient"):
-        for part, own, shard in zip(parts, weights, stages, strict=True):
-            loss_rows_(
-                part,
-                rows,
-                targets,
-                tables,
-                head_scale=torch.ones(1, device=device),
-                options=options,
-                class_weights=own.contiguous(),
-                class_weight_sum=float(class_weights.sum()),
-                write_gradient=True,
-                stage=stage,
-                shard=shard,
-            )
+        for part, mine, shard in zip(parts, own, stages, strict=True):
+            loss_rows_(part, rows, mine, scales, tables, write_gradient=True, stage=stage, shard=shard)
         if stage == "statistics":
             statistics = combined(torch.stack([shard.statistics for shard in stages]))
             for shard in stages:
@@ -82,10 +77,10 @@ def sharded_rows(
 def the_stages_of_shards_equal_whole_rows(device: torch.device) -> None:
     for sizes, options in ((s, o) for s in ([500, 503], [1, 4097], [30_000, 20_000]) for o in OPTIONS):
         logits = 3 * torch.randn(19, sum(sizes), device=device)
-        targets = RowTargets(torch.randint(sum(sizes), (1, 19), device=device), None, None, 19, 0)
         class_weights = torch.rand(sum(sizes), device=device) + 0.5
-        whole, expected = whole_rows(logits, targets, options, class_weights)
-        ours, found = sharded_rows(logits, targets, options, class_weights, sizes)
+        call = call_of(logits, replace(options, class_weights=class_weights))
+        whole, expected = whole_rows(logits, call)
+        ours, found = sharded_rows(logits, call, sizes)
         torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close((found.loss, found.lse), (expected.loss, expected.lse), rtol=1e-5, atol=1e-5)
         assert torch.equal(found.predicted, expected.predicted)

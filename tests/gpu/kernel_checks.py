@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.loss.row_kernels import RowTargets, select_rows
+from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.loss.arguments import LossCall
+from mtp_ext.ops.loss.row_kernels import select_rows
 from mtp_ext.ops.top_classes import top_classes, uses_kernel
 from tests.gpu.registry import check
 
-ops = torch.ops.mtp_ext
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -24,14 +25,14 @@ def selected_rows_equal_the_cpus(device: torch.device) -> None:
 
         found = []
         for on in (device, torch.device("cpu")):
-            targets = RowTargets(labels.to(on), documents.to(on), None, seq, 1)
-            selected = select_rows(targets, heads, ignore_index=-100, vocab_size=90)
-            found.append([x.tolist() for x in selected])
+            call = LossCall(labels.to(on), seq, heads, 1, torch.float32, document_ids=documents.to(on))
+            found.append([x.tolist() for x in select_rows(call, 90)])
         assert found[0] == found[1]
 
 
 @check(small=True)
 def column_sums(device: torch.device) -> None:
+    ops = backend_of(device).ops
     for dtype in DTYPES:
         for rows, columns in ((1, 1), (17, 1003), (100, 4096)):
             x = torch.randn(rows, columns, device=device).to(dtype)
@@ -43,6 +44,7 @@ def column_sums(device: torch.device) -> None:
 
 @check(small=True)
 def scaling_by_a_device_scalar(device: torch.device) -> None:
+    ops = backend_of(device).ops
     for source in DTYPES:
         for target in DTYPES:
             x = torch.randn(10_001, device=device).to(source)
@@ -53,19 +55,19 @@ def scaling_by_a_device_scalar(device: torch.device) -> None:
 
 @check(small=True)
 def norms_of_several_heads(device: torch.device) -> None:
+    ops = backend_of(device).ops
     for dtype in DTYPES:
-        x, residual = (torch.randn(37, 264, device=device).to(dtype) for _ in range(2))
+        x = torch.randn(37, 264, device=device).to(dtype)
         weight = torch.rand(3, 264, device=device) + 0.5
-        y, h, rstd = ops._rms_norm_heads(x, residual, weight, 1e-5)
-        exact = h.double().requires_grad_()
+        y, rstd = ops._rms_norm_heads(x, weight, 1e-5)
+        exact = x.double().requires_grad_()
         exact_weight = weight.double().requires_grad_()
         normed = exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
         expected = normed[None] * exact_weight[:, None]
         bound = ROUNDING[dtype]
-        torch.testing.assert_close(h, x + residual)
         torch.testing.assert_close(y.double(), expected.detach(), rtol=bound, atol=bound)
         grad_y = torch.randn_like(y)
-        grad_x, grad_weight = ops._rms_norm_heads_backward(grad_y, h, None, weight, rstd)
+        grad_x, grad_weight = ops._rms_norm_heads_backward(grad_y, x, weight, rstd)
         expected_x, expected_weight = torch.autograd.grad(expected, (exact, exact_weight), grad_y.double())
         torch.testing.assert_close(grad_x.double(), expected_x, rtol=bound, atol=4 * bound)
         torch.testing.assert_close(grad_weight.double(), expected_weight, rtol=1e-4, atol=1e-3)
@@ -97,14 +99,15 @@ def unaligned(x: Tensor) -> Tensor:
 
 @check(small=True)
 def tensors_that_are_not_aligned_give_the_same(device: torch.device) -> None:
+    ops = backend_of(device).ops
     for dtype in DTYPES:
-        x, residual, grad_h = (torch.randn(37, 264, device=device).to(dtype) for _ in range(3))
+        x = torch.randn(37, 264, device=device).to(dtype)
         weight = torch.rand(3, 264, device=device) + 0.5
         grad_y, factor = torch.randn(3, 37, 264, device=device).to(dtype), torch.tensor([0.3], device=device)
-        h, rstd = ops._rms_norm_heads(x, residual, weight, 1e-5)[1:]
+        rstd = ops._rms_norm_heads(x, weight, 1e-5)[1]
         calls = [
-            (ops._rms_norm_heads, (x, residual, weight), (1e-5,)),
-            (ops._rms_norm_heads_backward, (grad_y, h, grad_h, weight, rstd), ()),
+            (ops._rms_norm_heads, (x, weight), (1e-5,)),
+            (ops._rms_norm_heads_backward, (grad_y, x, weight, rstd), ()),
         ]
         if dtype != torch.float32:
             calls.append((ops._decode, (x, grad_y[0]), (5,)))

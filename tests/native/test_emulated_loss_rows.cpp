@@ -70,17 +70,15 @@ struct OnDevice {
     params.lse_grad = p.opt.lse_grad ? lse_grad.data() : nullptr;
     params.bias = p.opt.bias ? bias.data() : nullptr;
     params.class_weights = p.opt.class_weights ? class_weights.data() : nullptr;
-    params.logit_scale = p.opt.scale;
-    params.softcap = p.opt.softcap;
     double sum = 0;
     for (int64_t v = 0; v < p.vocab; ++v) sum += p.class_weight(v);
     total[0] = static_cast<float>(sum);
     params.class_weight_total = p.opt.row_scale ? total.data() : nullptr;  // with an arbitrary one of the options
-    params.options = {p.opt.smoothing, p.opt.z_loss, p.opt.row_scale ? NAN : sum, p.vocab};
+    params.options = {p.opt.smoothing, p.opt.z_loss, p.opt.softcap, p.opt.scale, p.opt.row_scale ? NAN : sum, p.vocab};
     params.gradient = mtp::Gradient::kWrite;
-    params.loss = loss.data();
-    params.lse = lse.data();
-    params.predicted = predicted.data();
+    params.tables.loss = loss.data();
+    params.tables.lse = lse.data();
+    params.tables.predicted = predicted.data();
   }
 
   scalar_t& at(size_t r, int64_t v) { return logits[r * static_cast<size_t>(stride) + static_cast<size_t>(v)]; }

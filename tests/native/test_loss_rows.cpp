@@ -46,15 +46,13 @@ struct Buffers {
     params.lse_grad = p.opt.lse_grad ? lse_grad.data() : nullptr;
     params.bias = p.opt.bias ? bias.data() : nullptr;
     params.class_weights = p.opt.class_weights ? p.class_weights.data() : nullptr;
-    params.logit_scale = p.opt.scale;
-    params.softcap = p.opt.softcap;
     double sum = 0;
     for (int64_t v = 0; v < p.vocab; ++v) sum += p.class_weight(v);
-    params.options = {p.opt.smoothing, p.opt.z_loss, sum, p.vocab};
+    params.options = {p.opt.smoothing, p.opt.z_loss, p.opt.softcap, p.opt.scale, sum, p.vocab};
     params.gradient = gradient;
-    params.loss = loss.data();
-    params.lse = lse.data();
-    params.predicted = predicted.data();
+    params.tables.loss = loss.data();
+    params.tables.lse = lse.data();
+    params.tables.predicted = predicted.data();
   }
 };
 
@@ -211,7 +209,7 @@ void run_without_tables(mtp::CpuCapability isa) {
     Buffers<float> out(p, mtp::Gradient::kWrite);
     std::vector<float>& x = gradients[absent ? 1 : 0];
     x.assign(p.logits.begin(), p.logits.end());
-    if (absent) out.params.lse = nullptr, out.params.predicted = nullptr;
+    if (absent) out.params.tables.lse = nullptr, out.params.tables.predicted = nullptr;
     out.params.logits = x.data();
     out.params.row_stride = p.vocab;
     out.params.dtype = mtp::DType::kFloat32;

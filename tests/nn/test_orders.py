@@ -33,9 +33,9 @@ def watch_losses(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     add = HeadLossAccumulator.add
 
-    def watched_add(self: Any, k: int, hidden: Tensor) -> Tensor | None:
-        events.append(f"loss {k}")
-        return add(self, k, hidden)
+    def watched_add(self: Any, hidden: dict[int, Tensor]) -> dict[int, Tensor | None]:
+        events.extend(f"loss {k}" for k in hidden)
+        return add(self, hidden)
 
     monkeypatch.setattr(HeadLossAccumulator, "add", watched_add)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtp_ext.ops.loss.chunk_gemms import chunk_size
+from mtp_ext.ops.loss.chunk_size import chunk_size
 
 
 def size(n_rows: int, vocab: int, width: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from mtp_ext import linear_cross_entropy, multi_token_cross_entropy
-from mtp_ext.ops.loss import operators as library
-from mtp_ext.ops.loss.arguments import LossCall, RowArguments
-from mtp_ext.ops.loss.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_, select_rows
+from mtp_ext.ops.common.result import RowTables
+from mtp_ext.ops.loss import native_cpu, operators
+from mtp_ext.ops.loss.arguments import LossCall, Needs
+from mtp_ext.ops.loss.options import RowOptions
+from mtp_ext.ops.loss.row_kernels import RowScales, loss_rows_, select_rows
 
 V = 33
 
@@ -112,45 +115,45 @@ def test_compile_without_gradients_and_under_autocast() -> None:
 def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Every operator that the package registers, with arguments of a small call."""
     hidden, weight, labels = (x.detach() for x in make(2, 3, 5))
-    bias, table = torch.randn(V), torch.rand(2, 3, 5)
-    row = RowArguments(bias, None, torch.rand(labels.shape), -100, "mean", 0.1, 1e-3, 5.0, 1.0, 4, None, None, None)
-    call = LossCall(labels, 5, 2, 1, row, torch.float32, detach_weight=frozenset({2}), max_valid=[15, 14])
-    options, needs = call.options(), {"need_hidden": True, "need_weight": True, "need_bias": True}
-    operands = ([hidden], weight, bias, *call.tensors())
-    ops = torch.ops.mtp_ext
-    targets = RowTargets(labels, None, None, 5, 1)
-    chosen, counts, _ = select_rows(targets, 2, ignore_index=-100, vocab_size=V)
-    chosen = chosen[: int(counts.sum())]
-    tables = RowTables.zeros(30, torch.float32, labels.device)
+    call = LossCall(
+        labels=labels,
+        seq_len=5,
+        n_heads=2,
+        first_shift=1,
+        compute_dtype=torch.float32,
+        options=RowOptions(label_smoothing=0.1, z_loss=1e-3, softcap=5.0),
+        bias=torch.randn(V),
+        token_weights=torch.rand(labels.shape),
+        chunk_rows=4,
+        detach_weight=frozenset({2}),
+        max_valid=[15, 14],
+    )
+    every, none, table = Needs(True, True, True), Needs(False, False, False), torch.rand(30)
+    backward = dataclasses.replace(call, normalizer=1.0, row_scale=table, lse_grad=table)
+    chosen, counts, _ = select_rows(call, V)
+    chosen, ops = chosen[: int(counts.sum())], torch.ops.mtp_ext
+    tables = RowTables.zeros(30, dtype=torch.float32, device=labels.device)
+    native = call.pack()
+    flags = native_cpu.FLAG_MEASURES + native_cpu.FLAG_HIDDEN + native_cpu.FLAG_WEIGHT + native_cpu.FLAG_BIAS
     return {
-        "_multi_token_loss": (
-            ops._multi_token_loss,
-            (*operands, None, None),
-            {"normalizer": 0.0, "with_metrics": True, **options, **needs},
-        ),
-        "_row_losses": (ops._row_losses, (*operands, None), {"normalizer": 1.0, "with_metrics": True, **options}),
-        "_row_losses_backward": (ops._row_losses_backward, (*operands, table, table), {**options, **needs}),
+        "_multi_token_loss": (ops._multi_token_loss, ([hidden], weight, *call.pack(), every), {}),
+        "_row_losses": (ops._row_losses, ([hidden], weight, *call.pack(), none), {}),
+        "_row_losses_backward": (ops._row_losses_backward, ([hidden], weight, *backward.pack(), every), {}),
         "_add_scaled_": (ops._add_scaled_, (torch.ones(V, 8), weight, torch.tensor(2.0)), {}),
         "_fused_loss_": (
             ops._fused_loss_,
             (
-                *([h.flatten(0, 1) for h in hidden], weight, bias, *call.tensors(), None, None, None, None, 5, 1, -100),
-                *(0.1, 1e-3, 5.0, 1.0, [2], torch.float32, torch.empty(4, V)),
-                *([torch.empty(15, 8), torch.empty(15, 8)], torch.empty(V, 8), torch.zeros(V)),
+                *(list(hidden), weight, native.tensors, native.options, native.sizes + native.detach_weight),
+                *(torch.float32, flags),
             ),
-            {},
-        ),
-        "_plain_loss_": (
-            ops._plain_loss_,
-            (hidden[0], weight, labels[:, :5], None, -100, torch.empty(4 * V), 4, True, False),
             {},
         ),
         "_select_rows": (ops._select_rows, (labels, None, None, 2, 5, 1, -100, V), {}),
         "_loss_rows_": (
             ops._loss_rows_,
             (
-                *(torch.randn(len(chosen), V), chosen, labels, torch.ones(2), *[None] * 5, 5, 1, 0.0, 0.0, float(V)),
-                *(0.0, 1.0, True, tables.loss, tables.lse, tables.predicted),
+                *(torch.randn(len(chosen), V), chosen, labels, [torch.ones(2), *[None] * 6], [0.0, 0.0, 0.0, 1.0]),
+                *(float(V), [5, 1, 0, V], True, list(tables), "whole", []),
             ),
             {},
         ),
@@ -175,7 +178,7 @@ def test_opcheck(name: str) -> None:
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
     if name == "_select_rows":
         utilities = ("test_schema", "test_autograd_registration")  # behind the counts its rows are unspecified
-    if name in ("_fused_loss_", "_plain_loss_"):  # called by the operators' bodies alone, and never seen by a compiler
+    if name == "_fused_loss_":  # called by the operators' bodies alone, and never seen by a compiler
         utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(operator.default, args, kwargs, test_utils=utilities)
 
@@ -183,7 +186,7 @@ def test_opcheck(name: str) -> None:
 def test_a_raw_operator_is_not_silently_differentiable() -> None:
     operator, args, kwargs = operator_calls()["_multi_token_loss"]
     hidden = args[0][0].requires_grad_()
-    loss = operator(*args, **kwargs)[0]
+    loss = operator(*args, **kwargs)[0][0]
     with pytest.raises(RuntimeError, match=r"autograd|backward"):
         loss.backward()
     assert hidden.grad is None
@@ -220,21 +223,14 @@ def test_fake_cuda_operators_have_the_real_shapes(name: str) -> None:
 def test_fake_select_rows_and_loss_rows() -> None:
     with FakeTensorMode():
         labels = torch.zeros(3, 7, dtype=torch.int64, device="cuda")
-        chosen, counts, first = select_rows(RowTargets(labels, None, None, 5, 1), 2, ignore_index=-100, vocab_size=V)
+        call = LossCall(labels, 5, 2, 1, torch.float32)
+        chosen, counts, first = select_rows(call, V)
         assert (chosen.shape, counts.shape, first.shape) == ((30,), (2,), (1,))
-        tables = RowTables.zeros(30, torch.float32, labels.device)
-        logits = torch.empty(30, V, device="cuda")
-        loss_rows_(
-            logits,
-            chosen,
-            RowTargets(labels, None, None, 5, 1),
-            tables,
-            head_scale=torch.ones(2, device="cuda"),
-            options=RowOptions(),
-            write_gradient=True,
-        )
+        tables = RowTables.zeros(30, dtype=torch.float32, device=labels.device)
+        scales = RowScales(torch.ones(2, device="cuda"), class_weight_sum=float(V))
+        loss_rows_(torch.empty(30, V, device="cuda"), chosen, call, scales, tables, write_gradient=True)
 
 
 def test_the_operators_are_those_of_the_library() -> None:
     """A public function and the compiled graph run the same code."""
-    assert library._multi_token_loss._opoverload is torch.ops.mtp_ext._multi_token_loss.default
+    assert operators._multi_token_loss._opoverload is torch.ops.mtp_ext._multi_token_loss.default

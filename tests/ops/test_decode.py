@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mtp_ext.ops.common import checks
+from mtp_ext.ops.common.backend import CudaBackend, use_backend
 from mtp_ext.ops.top_classes import largest_logits, top_classes, uses_kernel
 
 
@@ -65,18 +65,17 @@ def takes(rows: int = 64, width: int = 16, k: int = 16, dtype: torch.dtype = tor
         return uses_kernel(hidden, torch.empty(50, width, dtype=dtype, device="cuda"), k)
 
 
-def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_BACKENDS", ("cpu", "cuda"))
-    assert takes() and takes(dtype=torch.float16) and takes(rows=1, k=1)
-    assert not takes(rows=65) and not takes(k=17) and not takes(width=12) and not takes(dtype=torch.float32)
-    monkeypatch.setattr(checks, "_BACKENDS", ("cpu",))
-    assert not takes()
+def test_what_the_kernel_takes() -> None:
+    with use_backend(CudaBackend(is_built=True)):
+        assert takes() and takes(dtype=torch.float16) and takes(rows=1, k=1)
+        assert not takes(rows=65) and not takes(k=17) and not takes(width=12) and not takes(dtype=torch.float32)
+    with use_backend(CudaBackend(is_built=False)):
+        assert not takes()
 
 
-def test_fake_cuda_tensors_trace_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_BACKENDS", ("cpu", "cuda"))
+def test_fake_cuda_tensors_trace_without_a_gpu() -> None:
     for rows, dtype in ((5, torch.bfloat16), (5, torch.float32), (65, torch.bfloat16)):
-        with FakeTensorMode():
+        with use_backend(CudaBackend(is_built=True)), FakeTensorMode():
             weight = torch.empty(50, 16, dtype=dtype, device="cuda")
             best = top_classes(torch.empty(rows, 16, dtype=dtype, device="cuda"), weight, 1)
         assert best.ids.shape == best.logits.shape == (rows, 1) and best.lse.shape == (rows,)

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtp_ext.ops import linear_cross_entropy, multi_token_cross_entropy
-from mtp_ext.ops.common import checks
-from mtp_ext.ops.loss import device_rows, row_loop, row_selection
-from mtp_ext.ops.loss import native_cpu as fused_cpu
+from mtp_ext.ops.common.backend import CpuBackend, use_backend
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
+from mtp_ext.ops.loss.arguments import LossCall, Needs
+from mtp_ext.ops.loss.head_terms import float16_scale
+from mtp_ext.ops.loss.options import RowOptions
+from mtp_ext.ops.loss.row_selection import mark_rows
 from tests.support.loss_calls import Call, assert_no_worse_than_eager, calls
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+class Unseen(CpuBackend):
+    """The CPU's arithmetic, whose rows are marked as they are on a GPU."""
+
+    sees_values = False
+
+    def __init__(self) -> None:
+        super().__init__(native_loss=False)
+
+
 @pytest.fixture
-def rows_stay_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, rows are marked as they are on a GPU."""
-    for module in (row_loop, row_selection):
-        monkeypatch.setattr(module, "counts_stay_on", lambda device: True)
-    monkeypatch.setattr(fused_cpu, "takes", lambda weight, group_name: False)
+def rows_stay_on_device() -> Iterator[None]:
+    with use_backend(Unseen()):
+        yield
 
 
 @given(calls())
@@ -44,23 +55,22 @@ def test_nan_in_a_row_without_target_reaches_nothing(rows_stay_on_device: None) 
 
 
 def test_marks_are_the_rows_that_count() -> None:
-    rows, valid = device_rows.mark_rows(torch.tensor([1, 2, 4, -1, -1, -1]))
+    rows, valid = mark_rows(torch.tensor([1, 2, 4, -1, -1, -1]))
     assert rows.tolist() == [-1, 1, 2, -1, 4, -1]
     assert valid.tolist() == [False, True, True, False, True, False]
-    rows, valid = device_rows.mark_rows(torch.empty(0, dtype=torch.int64))
+    rows, valid = mark_rows(torch.empty(0, dtype=torch.int64))
     assert rows.numel() == valid.numel() == 0
 
 
 @pytest.mark.parametrize(("rows", "scale"), [(0, 1.0), (1, 1.0), (3, 2.0), (4096, 4096.0), (10**6, 4096.0)])
 def test_float16_scale(rows: int, scale: float) -> None:
-    assert device_rows.float16_scale(rows) == scale
+    assert float16_scale(rows) == scale
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_value_is_read_on_the_host(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str) -> None:
+def test_no_value_is_read_on_the_host(dtype: torch.dtype, reduction: str) -> None:
     """A fake CUDA tensor has no values: whatever asks for one fails here, as it would stall the stream on a GPU."""
-    monkeypatch.setattr(checks, "check_backend", lambda device: None)
     with FakeTensorMode():
         hidden = torch.empty(2, 3, 16, 32, dtype=dtype, device="cuda")  # no gradients: autograd needs a real device
         weight = torch.empty(50, 32, dtype=dtype, device="cuda")
@@ -91,19 +101,21 @@ def test_the_body_of_the_operators_reads_no_value_either(dtype: torch.dtype) -> 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    accumulator = HeadLossAccumulator(
-        empty(3, 18, dtype=torch.int64),
-        empty(50, 32, dtype=dtype),
+    call = LossCall(
+        labels=empty(3, 18, dtype=torch.int64),
         seq_len=16,
         n_heads=2,
-        token_weights=empty(3, 18),
-        class_weights=empty(50),
+        first_shift=1,
+        compute_dtype=dtype,
+        options=RowOptions(class_weights=empty(50)),
         bias=empty(50),
-        need_grad_bias=True,
+        token_weights=empty(3, 18),
         chunk_rows=10,
     )
-    grads = accumulator.add_all(empty(2, 3, 16, 32, dtype=dtype))
-    assert isinstance(grads, torch.Tensor) and grads.shape == (2, 3, 16, 32)
-    assert accumulator.result().loss.device.type == "meta" and accumulator.grad_weight is not None
+    accumulator = HeadLossAccumulator(call, empty(50, 32, dtype=dtype), Needs(True, True, True))
+    (grads,) = accumulator.add_all([empty(2, 3, 16, 32, dtype=dtype)])
+    result = accumulator.result()
+    assert grads is not None and grads.shape == (2, 3, 16, 32) and accumulator.grad_bias is not None
+    assert result.loss.device.type == "meta" and accumulator.grad_weight is not None
     with pytest.raises((NotImplementedError, RuntimeError)):  # what a read would have raised
-        accumulator.n_valid.tolist()
+        result.n_valid.tolist()

@@ -9,7 +9,7 @@ import torch
 
 import mtp_ext
 from mtp_ext import linear_cross_entropy, multi_token_cross_entropy
-from mtp_ext.ops.common.checks import check_backend
+from mtp_ext.ops.common.backend import backend_of
 
 N, B, S, D, V = 2, 3, 5, 8, 11
 
@@ -136,7 +136,7 @@ def test_one_head(name: str) -> None:
 @pytest.mark.skipif(mtp_ext.build_info()["cuda"], reason="this build has CUDA kernels")
 def test_a_device_without_kernels_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"no kernels for cuda tensors.*MTP_EXT_CUDA=1"):
-        check_backend(torch.device("cuda"))
+        backend_of(torch.device("cuda")).check_built()
 
 
 def test_distributed_tensors_are_refused_with_the_fix() -> None:

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_ext import count_targets, linear_cross_entropy, multi_token_cross_entropy
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
-from mtp_ext.ops.loss.device_rows import valid_rows_first
+from mtp_ext.ops.loss.arguments import LossCall, Needs
+from mtp_ext.ops.loss.row_selection import valid_rows_first
 from tests.support.pretend_cuda import pretend_cuda
 
 N, B, S, D, V = 3, 4, 32, 16, 50
@@ -39,8 +40,8 @@ def gemm_flop(label_len: int, max_valid: list[int] | None) -> int:
     labels = torch.empty(B, label_len, dtype=torch.int64, device="meta")
     hidden, weight = torch.empty(N, B, S, D, device="meta"), torch.empty(V, D, device="meta")
     with FlopCounterMode(display=False) as counter:
-        loss = HeadLossAccumulator(labels, weight, seq_len=S, n_heads=N, chunk_rows=50, max_valid=max_valid)
-        loss.add_all(hidden)
+        call = LossCall(labels, S, N, 1, torch.float32, chunk_rows=50, max_valid=max_valid)
+        HeadLossAccumulator(call, weight, Needs(True, True, False)).add_all([hidden])
     flop: int = counter.get_total_flops()
     return flop
 

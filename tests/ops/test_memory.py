@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_ext import linear_cross_entropy, multi_token_cross_entropy
+from mtp_ext import _C, linear_cross_entropy, multi_token_cross_entropy
 from mtp_ext.ops.reference import multi_token_cross_entropy as eager
 from tests.support.largest_tensor import LargestTensor
 
@@ -22,14 +22,15 @@ def test_logits_are_never_whole(options: dict[str, Any]) -> None:
     hidden = torch.randn(4, 2, 300, D, requires_grad=True)
     weight = torch.randn(V, D, requires_grad=True)
     labels = torch.randint(V, (2, 304))
+    _C.release_workspace()
     with LargestTensor() as seen:
         multi_token_cross_entropy(hidden, weight, labels, chunk_rows=64, **options).loss.sum().backward()
-    assert seen.numel == 64 * V
+    assert seen.numel <= 64 * V and _C.release_workspace() == 64 * V * 4
     with LargestTensor() as seen:
         linear_cross_entropy(
             hidden, weight, labels[:, :300].expand(4, 2, 300), chunk_rows=32, **options
         ).sum().backward()
-    assert seen.numel == 32 * V
+    assert seen.numel <= max(32 * V, hidden.numel()) and _C.release_workspace() == 32 * V * 4
     with LargestTensor() as seen:
         eager(hidden, weight, labels).loss.backward()
     assert seen.numel >= 2 * 300 * V, "the detector is blind"
@@ -37,9 +38,10 @@ def test_logits_are_never_whole(options: dict[str, Any]) -> None:
 
 def test_workspace_bytes_bounds_a_chunk() -> None:
     hidden, weight = torch.randn(500, D, requires_grad=True), torch.randn(V, D)
+    _C.release_workspace()
     with LargestTensor() as seen:
         linear_cross_entropy(hidden, weight, torch.randint(V, (500,)), workspace_bytes=100 * V * 4).backward()
-    assert seen.numel == 100 * V
+    assert seen.numel <= 100 * V and _C.release_workspace() == 100 * V * 4
 
 
 CALL = r"""

@@ -91,10 +91,22 @@ def test_decoding(rows: int) -> None:
 
 
 def test_what_would_make_the_host_wait_raises() -> None:
-    x = torch.ones(2)
-    with pretend_cuda():
-        assert x.is_cuda and not x.is_cpu and x.device.type == "cuda" and torch.ones(2, device="cuda").is_cuda
-        for wait in (lambda: x[0].item(), x.tolist, lambda: bool(x[0] > 0), lambda: torch.tensor([1], device=x.device)):
-            with pytest.raises(AssertionError, match="wait"):
-                wait()
-    assert not x.is_cuda
+    x = torch.ones(2, requires_grad=True)
+
+    def in_backward() -> None:
+        y = x * 2
+        y.register_hook(lambda grad: grad * float(grad[0]))
+        y.sum().backward()
+
+    waits = (
+        lambda: x[0].item(),
+        lambda: x.detach().tolist(),
+        lambda: bool(x[0] > 0),
+        lambda: x.nonzero(),
+        lambda: torch.tensor([1], device=x.device),
+        in_backward,
+    )
+    for wait in waits:
+        wait()
+        with pretend_cuda(), pytest.raises(AssertionError, match="wait"):
+            wait()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
-from mtp_ext.ops.loss import native_cpu as fused_cpu
+from mtp_ext.ops.common.backend import CpuBackend, use_backend
 from mtp_ext.ops.loss import plain_call
 from tests.support.loss_calls import Call, arguments, assert_no_worse_than_eager, calls, plain_calls
 
@@ -16,11 +15,10 @@ def test_any_call_is_no_worse_than_eager(call: Call) -> None:
 
 
 @given(calls())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_accumulator_is_no_worse_than_eager(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
-    """What one native call does, a step at a time."""
-    monkeypatch.setattr(fused_cpu, "takes", lambda weight, group_name: False)
-    assert_no_worse_than_eager(call)
+def test_the_row_loop_is_no_worse_than_eager(call: Call) -> None:
+    """The loop that GPUs and shards run, with the CPU's arithmetic."""
+    with use_backend(CpuBackend(native_loss=False)):
+        assert_no_worse_than_eager(call)
 
 
 @given(plain_calls())

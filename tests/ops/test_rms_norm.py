@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtp_ext.ops import rms_norm as module
-from mtp_ext.ops.common import checks
+from mtp_ext.ops.common.backend import CudaBackend, use_backend
 from mtp_ext.ops.rms_norm import rms_norm, rms_norm_heads, uses_kernel
 from tests.support.norm_operators import norms_by_operators
 
@@ -22,29 +22,19 @@ EPS = 1e-3
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def operands(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    x, residual = torch.randn(2, 2, 3, 8, dtype=dtype)
-    return x.requires_grad_(), torch.randn(4, 8, dtype=dtype, requires_grad=True), residual.requires_grad_()
+def operands(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 3, 8, dtype=dtype, requires_grad=True), torch.randn(4, 8, dtype=dtype, requires_grad=True)
 
 
-def expected(x: Tensor, weights: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    h = x if residual is None else x + residual
-    return torch.stack([F.rms_norm(h, (h.shape[-1],), w, EPS) for w in weights]), h
-
-
-def compare(x: Tensor, weights: Tensor, residual: Tensor | None, tolerance: float) -> None:
-    """Outputs and gradients against torch's own; the sum is used beside the norms, as a residual stream is."""
-    inputs = [t for t in (x, weights, residual) if t is not None]
-    ours = rms_norm_heads(x, weights, EPS, residual)
-    y, h = (ours, x) if isinstance(ours, Tensor) else ours
-    assert isinstance(ours, Tensor) == (residual is None)
-    want_y, want_h = expected(x, weights, residual)
-    torch.testing.assert_close(y, want_y, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(h, want_h, rtol=tolerance, atol=tolerance)
-    g, s = torch.randn_like(y), torch.randn_like(h)
-    found = torch.autograd.grad((y * g).sum() + (h * s).sum(), inputs)
-    want = torch.autograd.grad((want_y * g).sum() + (want_h * s).sum(), inputs)
-    for a, b in zip(found, want, strict=True):
+def compare(x: Tensor, weights: Tensor, tolerance: float) -> None:
+    """Outputs and gradients against torch's own."""
+    y = rms_norm_heads(x, weights, EPS)
+    want = torch.stack([F.rms_norm(x, (x.shape[-1],), w, EPS) for w in weights])
+    torch.testing.assert_close(y, want, rtol=tolerance, atol=tolerance)
+    g = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, weights), g)
+    expected = torch.autograd.grad(want, (x, weights), g)
+    for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -54,22 +44,19 @@ def kernel_on_cpu() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_the_plain_path_is_torchs(with_residual: bool) -> None:
-    x, weights, residual = operands()
-    compare(x, weights, residual if with_residual else None, 1e-12)
+def test_the_plain_path_is_torchs() -> None:
+    compare(*operands(), 1e-12)
 
 
-@pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("n_heads", [1, 4])
-def test_the_kernels_path_is_torchs(kernel_on_cpu: None, n_heads: int, with_residual: bool) -> None:
-    x, weights, residual = operands(torch.float32)
-    compare(x, weights[:n_heads], residual if with_residual else None, 1e-5)
+def test_the_kernels_path_is_torchs(kernel_on_cpu: None, n_heads: int) -> None:
+    x, weights = operands(torch.float32)
+    compare(x, weights[:n_heads], 1e-5)
 
 
 def test_the_kernels_path_takes_what_is_not_contiguous_and_no_rows(kernel_on_cpu: None) -> None:
     x = torch.randn(8, 3, 2).requires_grad_()
-    compare(x.permute(2, 1, 0), torch.rand(2, 8).requires_grad_(), None, 1e-5)
+    compare(x.permute(2, 1, 0), torch.rand(2, 8).requires_grad_(), 1e-5)
     empty = torch.zeros(2, 0, 8, requires_grad=True)
     y = rms_norm(empty, torch.ones(8), EPS)
     y.sum().backward()
@@ -82,20 +69,18 @@ def test_the_kernels_path_gives_a_weight_its_own_dtype(kernel_on_cpu: None) -> N
     assert weight.grad is not None and weight.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("frozen", ["x", "weights", "residual"])
+@pytest.mark.parametrize("frozen", ["x", "weights"])
 def test_the_kernels_path_honours_what_is_frozen(kernel_on_cpu: None, frozen: str) -> None:
-    named = dict(zip(("x", "weights", "residual"), operands(torch.float32), strict=True))
+    named = dict(zip(("x", "weights"), operands(torch.float32), strict=True))
     named[frozen].requires_grad_(False)
-    y, h = rms_norm_heads(named["x"], named["weights"], EPS, named["residual"])
-    (y.sum() + h.sum()).backward()
+    rms_norm_heads(named["x"], named["weights"], EPS).sum().backward()
     assert {name for name, t in named.items() if t.grad is not None} == named.keys() - {frozen}
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_the_kernels_path_compiles_to_one_graph(kernel_on_cpu: None, backend: str) -> None:
-    def function(x: Tensor, weights: Tensor, residual: Tensor) -> Tensor:
-        y, h = rms_norm_heads(x, weights, EPS, residual)
-        return y.square().sum() + rms_norm(h, weights[0], EPS).sin().sum()
+    def function(x: Tensor, weights: Tensor) -> Tensor:
+        return rms_norm_heads(x, weights, EPS).square().sum() + rms_norm(x, weights[0], EPS).sin().sum()
 
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     inputs = operands(torch.float32)
@@ -107,14 +92,13 @@ def test_the_kernels_path_compiles_to_one_graph(kernel_on_cpu: None, backend: st
 
 
 def test_the_fakes_have_the_operators_shapes(kernel_on_cpu: None) -> None:
-    x, weights, residual = (t.detach() for t in operands(torch.float32))
-    rows = (x.flatten(0, 1), residual.flatten(0, 1))
+    x, weights = (t.detach() for t in operands(torch.float32))
+    rows = x.flatten(0, 1)
     ops, utilities = torch.ops.mtp_ext, ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for other in (None, rows[1]):
-        torch.library.opcheck(ops._rms_norm_heads.default, (rows[0], other, weights, EPS), test_utils=utilities)
-        y, _, rstd = ops._rms_norm_heads(rows[0], other, weights, EPS)
-        arguments = (torch.randn_like(y), rows[0], other, weights, rstd)
-        torch.library.opcheck(ops._rms_norm_heads_backward.default, arguments, test_utils=utilities)
+    torch.library.opcheck(ops._rms_norm_heads.default, (rows, weights, EPS), test_utils=utilities)
+    y, rstd = ops._rms_norm_heads(rows, weights, EPS)
+    arguments = (torch.randn_like(y), rows, weights, rstd)
+    torch.library.opcheck(ops._rms_norm_heads_backward.default, arguments, test_utils=utilities)
 
 
 def takes(*shape: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: str = "cuda") -> bool:
@@ -123,30 +107,29 @@ def takes(*shape: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: st
         return uses_kernel(x, torch.empty(shape[-1], dtype=weight_dtype, device=device))
 
 
-def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_BACKENDS", ("cpu", "cuda"))
-    for dtype in KERNEL_DTYPES:
-        assert takes(2, 3, 16, dtype=dtype, weight_dtype=torch.float32)
-        assert takes(2, 3, 16, dtype=dtype, weight_dtype=dtype)
-    assert not takes(2, 16, dtype=torch.float64, weight_dtype=torch.float64)
-    assert not takes(2, 16, dtype=torch.float32, weight_dtype=torch.bfloat16)
-    assert takes(2, 12, dtype=torch.float32, weight_dtype=torch.float32)
-    assert not takes(2, 12, dtype=torch.bfloat16, weight_dtype=torch.float32), "24 bytes are no whole vectors"
-    assert not takes(2, 2 * module.LARGEST_WIDTH, dtype=torch.bfloat16, weight_dtype=torch.float32)
+def test_what_the_kernel_takes() -> None:
+    with use_backend(CudaBackend(is_built=True)):
+        for dtype in KERNEL_DTYPES:
+            assert takes(2, 3, 16, dtype=dtype, weight_dtype=torch.float32)
+            assert takes(2, 3, 16, dtype=dtype, weight_dtype=dtype)
+        assert not takes(2, 16, dtype=torch.float64, weight_dtype=torch.float64)
+        assert not takes(2, 16, dtype=torch.float32, weight_dtype=torch.bfloat16)
+        assert takes(2, 12, dtype=torch.float32, weight_dtype=torch.float32)
+        assert not takes(2, 12, dtype=torch.bfloat16, weight_dtype=torch.float32), "24 bytes are no whole vectors"
+        assert not takes(2, 2 * module.LARGEST_WIDTH, dtype=torch.bfloat16, weight_dtype=torch.float32)
     assert not takes(2, 16, dtype=torch.float32, weight_dtype=torch.float32, device="cpu")
-    monkeypatch.setattr(checks, "_BACKENDS", ("cpu",))
-    assert not takes(2, 16, dtype=torch.float32, weight_dtype=torch.float32)
+    with use_backend(CudaBackend(is_built=False)):
+        assert not takes(2, 16, dtype=torch.float32, weight_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_fake_cuda_tensors_trace_the_kernels_path(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(checks, "_BACKENDS", ("cpu", "cuda"))
-    with FakeTensorMode(), torch.no_grad():
+def test_fake_cuda_tensors_trace_the_kernels_path(dtype: torch.dtype) -> None:
+    with use_backend(CudaBackend(is_built=True)), FakeTensorMode(), torch.no_grad():
         x, weights = torch.empty(2, 3, 16, dtype=dtype, device="cuda"), torch.empty(4, 16, device="cuda")
-        y, h = rms_norm_heads(x, weights, EPS, x)
+        y = rms_norm_heads(x, weights, EPS)
         one = rms_norm(x, torch.empty(16, device="cuda"), EPS)
-    assert y.shape == (4, 2, 3, 16) and h.shape == one.shape == (2, 3, 16)
-    assert y.dtype == h.dtype == one.dtype == dtype and y.is_cuda and one.is_cuda
+    assert y.shape == (4, 2, 3, 16) and one.shape == (2, 3, 16)
+    assert y.dtype == one.dtype == dtype and y.is_cuda and one.is_cuda
 
 
 def test_errors_name_the_argument() -> None:
@@ -155,7 +138,3 @@ def test_errors_name_the_argument() -> None:
         rms_norm_heads(x, torch.ones(8), EPS)
     with pytest.raises(ValueError, match=r"weights must be .* got float32 \[2, 7\]"):
         rms_norm_heads(x, torch.ones(2, 7), EPS)
-    with pytest.raises(ValueError, match="residual must have shape"):
-        rms_norm_heads(x, torch.ones(2, 8), EPS, torch.randn(3, 8))
-    with pytest.raises(ValueError, match="residual must have x's dtype"):
-        rms_norm_heads(x, torch.ones(2, 8), EPS, torch.randn(2, 8).double())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from mtp_ext.nn.heads.heads import HeadModules, Heads, make_heads
 from mtp_ext.nn.schedules.dispatch import check_schedule
 from mtp_ext.nn.schedules.head_stack import head_outputs
-from mtp_ext.nn.schedules.targets import Targets
+from mtp_ext.nn.schedules.targets import StepKeywords, Targets
 from mtp_ext.nn.transformer.checks import check_document_ids
 from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
 from mtp_ext.ops.common.result import MultiTokenLoss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class MultiTokenModel(nn.Module):
@@ -54,14 +57,7 @@ class MultiTokenModel(nn.Module):
         document_ids: Tensor | None = None,
         head_weights: Tensor | Sequence[float] | None = None,
         schedule: str = "sequential",
-        *,
-        normalizer: str | float | Tensor = "per_head",
-        ignore_index: int = -100,
-        detach_heads: Collection[int] = (),
-        detach_weight: Collection[int] = (),
-        chunk_rows: int | None = None,
-        workspace_bytes: int | None = None,
-        max_valid: int | Sequence[int] | None = None,
+        **keywords: Unpack[StepKeywords],
     ) -> MultiTokenLoss | Tensor:
         """The loss of all heads, or the next token's logits.
 
@@ -74,9 +70,11 @@ class MultiTokenModel(nn.Module):
                 another reads it; its loss and top-1 are given as 0.
             schedule: ``"sequential"`` (least memory: ``loss.backward()`` then runs the trunk alone), ``"joint"``
                 (fastest for small batches) or ``"autograd"`` (plain torch with full logits). One loss, one gradient.
+            options: :class:`mtp_ext.RowOptions`: label smoothing, z-loss, logit scale, class weights. They are the
+                loss's: :meth:`all_logits` knows the model's own soft cap alone.
             detach_heads: 1-based heads that learn but send no gradient to what they read (the trunk, or the head before
                 in a chained variant).
-            normalizer, ignore_index, detach_weight, chunk_rows, workspace_bytes, max_valid: See
+            token_weights, normalizer, ignore_index, detach_weight, chunk_rows, workspace_bytes, max_valid: See
                 :func:`mtp_ext.multi_token_cross_entropy`.
         Returns:
             With ``labels``, :class:`MultiTokenLoss`; only its ``loss`` is differentiable, once. Without, head 1's
@@ -90,21 +88,9 @@ class MultiTokenModel(nn.Module):
             hidden = self.run_trunk(tokens, document_ids, context)
             outputs = head_outputs(self.heads, hidden, context, active=(1,))
             return self.heads.logits(1, outputs[1])
+        batch, seq_len = tokens.shape
         targets = Targets.checked(
-            labels,
-            batch=tokens.shape[0],
-            seq_len=tokens.shape[1],
-            n_heads=self.heads.n_heads,
-            device=tokens.device,
-            document_ids=document_ids,
-            head_weights=head_weights,
-            normalizer=normalizer,
-            ignore_index=ignore_index,
-            detach_heads=detach_heads,
-            detach_weight=detach_weight,
-            chunk_rows=chunk_rows,
-            workspace_bytes=workspace_bytes,
-            max_valid=max_valid,
+            self.heads, labels, document_ids, head_weights, keywords, batch=batch, seq_len=seq_len, device=tokens.device
         )
         context = self.with_tokens_ahead(context, tokens, labels)
         return self.heads.loss(self.run_trunk(tokens, document_ids, context), targets, context, schedule)

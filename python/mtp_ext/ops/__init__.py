@@ -1,14 +1,17 @@
 """The fused losses. Only the wrapped functions are public: a raw op has no gradient."""
 
-from mtp_ext.ops.common.debug import debug_checks
+import mtp_ext.ops.loss.flops  # noqa: F401  (registers the formulas)
 from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.common.runtime import debug_checks
 from mtp_ext.ops.common.workspace import release_workspace
 from mtp_ext.ops.count_targets import count_targets
 from mtp_ext.ops.linear_cross_entropy import linear_cross_entropy
+from mtp_ext.ops.loss.options import RowOptions
 from mtp_ext.ops.multi_token_cross_entropy import multi_token_cross_entropy
 
 __all__ = [
     "MultiTokenLoss",
+    "RowOptions",
     "count_targets",
     "debug_checks",
     "linear_cross_entropy",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mtp_ext.ops.common import checks
-from mtp_ext.ops.loss.row_kernels import RowTargets, select_rows
+from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.loss.arguments import LossCall
+from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 
 _ANY_CLASS = 2**62
 
@@ -53,7 +56,16 @@ def count_targets(
     if labels.dim() != 2 or not 0 <= seq_len <= labels.shape[1]:
         raise ValueError(f"labels must be [B, S'] with S' >= seq_len = {seq_len} >= 0, got {checks.describe(labels)}")
     checks.check_like_labels(labels, document_ids, token_weights)
-    checks.check_backend(labels.device)
-    rows = RowTargets.of(labels, document_ids, token_weights, seq_len, first_shift=1)
-    counts: list[int] = select_rows(rows, n_heads, ignore_index=ignore_index, vocab_size=_ANY_CLASS)[1].tolist()
+    backend_of(labels.device).check_built()
+    call = LossCall(
+        labels=labels,
+        seq_len=seq_len,
+        n_heads=n_heads,
+        first_shift=1,
+        compute_dtype=torch.float32,
+        document_ids=document_ids,
+        token_weights=token_weights,
+        ignore_index=ignore_index,
+    )
+    counts: list[int] = select_rows(prepared(call), _ANY_CLASS).counts.tolist()
     return counts

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from mtp_ext.ops.common import checks
-from mtp_ext.ops.common.autocast import autocast_dtype
+from mtp_ext.ops.common.runtime import autocast_dtype
 from mtp_ext.ops.loss import plain_call
-from mtp_ext.ops.loss.arguments import LossCall, RowArguments
+from mtp_ext.ops.loss.arguments import LossCall
 from mtp_ext.ops.loss.autograd import reduced_loss, row_losses
+from mtp_ext.ops.loss.options import RowOptions
 
 
 def linear_cross_entropy(
@@ -79,50 +78,47 @@ def linear_cross_entropy(
 
     Reference: :func:`torch.nn.functional.cross_entropy` of :func:`torch.nn.functional.linear`.
     """
-    absent = (bias, class_weights, token_weights, softcap, chunk_rows, workspace_bytes, grad_weight_out, max_valid)
-    numbers = (label_smoothing, z_loss, logit_scale)
     if (
-        all(x is None for x in absent)
+        bias is class_weights is token_weights is grad_weight_out is None
+        and chunk_rows is workspace_bytes is max_valid is None
+        and softcap is None
         and group is None
-        and numbers == (0.0, 0.0, 1.0)
-        and bool not in map(type, numbers)  # True == 1.0, and no number
-        and return_lse is False
+        and (label_smoothing, z_loss, logit_scale, return_lse) == (0.0, 0.0, 1.0, False)
+        and not isinstance(label_smoothing, bool)
+        and not isinstance(z_loss, bool)
+        and not isinstance(logit_scale, bool)
         and plain_call.takes(hidden, weight, targets, ignore_index, reduction)
     ):
         return plain_call.plain_loss(hidden, weight, targets, ignore_index, reduction)
     compute_dtype = _check_inputs(hidden, weight, targets, token_weights, group is not None)
-    row = RowArguments(
+    call = LossCall(
+        labels=targets.reshape(1, -1),
+        seq_len=targets.numel(),
+        n_heads=1,
+        first_shift=0,
+        compute_dtype=compute_dtype,
+        options=RowOptions(
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            class_weights=class_weights,
+        ),
         bias=bias,
-        class_weights=class_weights,
-        token_weights=token_weights,
+        token_weights=None if token_weights is None else token_weights.reshape(1, -1),
         ignore_index=ignore_index,
         reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
         chunk_rows=chunk_rows,
         workspace_bytes=workspace_bytes,
         grad_weight_out=grad_weight_out,
         group=group,
-    )
-    row.check(weight)
-    rows = hidden.reshape(1, 1, -1, hidden.shape[-1])
-    if token_weights is not None:
-        row = replace(row, token_weights=token_weights.reshape(1, -1))
-    call = LossCall(
-        labels=targets.reshape(1, -1),
-        seq_len=rows.shape[2],
-        n_heads=1,
-        first_shift=0,
-        row=row,
-        compute_dtype=compute_dtype,
         max_valid=checks.checked_max_valid(max_valid, 1),
         with_metrics=False,
     )
+    call.check(weight)
     if reduction != "none" and not return_lse:
-        return reduced_loss(call, weight, None, (rows,)).loss
-    result, lse = row_losses(call, weight, None, (rows,))
+        return reduced_loss(call, weight, (hidden,)).loss
+    result, lse = row_losses(call, weight, (hidden,))
     loss = result.loss.view(targets.shape) if reduction == "none" else result.loss
     return (loss, lse.view(targets.shape)) if return_lse else loss
 

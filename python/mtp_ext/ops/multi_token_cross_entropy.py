@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from mtp_ext.ops.common import checks
-from mtp_ext.ops.common.autocast import autocast_dtype
 from mtp_ext.ops.common.result import MultiTokenLoss
-from mtp_ext.ops.loss.arguments import LossCall, RowArguments
+from mtp_ext.ops.common.runtime import autocast_dtype
+from mtp_ext.ops.loss.arguments import LossCall
 from mtp_ext.ops.loss.autograd import reduced_loss, row_losses
+from mtp_ext.ops.loss.options import RowOptions
 
 
 def multi_token_cross_entropy(
@@ -100,38 +101,35 @@ def multi_token_cross_entropy(
     autocast = autocast_dtype(heads[0])
     _check_weight(heads[0], weight, n_heads, autocast is not None, group is not None)
     checks.check_like_labels(labels, document_ids, token_weights)
-    row = RowArguments(
-        bias=bias,
-        class_weights=class_weights,
-        token_weights=token_weights,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        chunk_rows=chunk_rows,
-        workspace_bytes=workspace_bytes,
-        grad_weight_out=grad_weight_out,
-        group=group,
-    )
-    row.check(weight)
     call = LossCall(
         labels=labels,
         seq_len=seq_len,
         n_heads=n_heads,
         first_shift=1,
-        row=row,
         compute_dtype=autocast or heads[0].dtype,
-        normalizer=checks.checked_normalizer(normalizer),
+        options=RowOptions(
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            class_weights=class_weights,
+        ),
+        bias=bias,
+        head_weights=checks.checked_head_weights(head_weights, n_heads, heads[0].device),
         document_ids=document_ids,
+        token_weights=token_weights,
+        normalizer=checks.checked_normalizer(normalizer),
+        reduction=reduction,
+        ignore_index=ignore_index,
         detach_weight=checks.checked_heads("detach_weight", detach_weight, n_heads),
         max_valid=checks.checked_max_valid(max_valid, n_heads),
+        chunk_rows=chunk_rows,
+        workspace_bytes=workspace_bytes,
+        grad_weight_out=grad_weight_out,
+        group=group,
     )
-    scale = checks.checked_head_weights(head_weights, n_heads, heads[0].device)
-    if reduction != "none":
-        return reduced_loss(call, weight, scale, heads)
-    return row_losses(call, weight, scale, heads)[0]
+    call.check(weight)
+    return reduced_loss(call, weight, heads) if reduction != "none" else row_losses(call, weight, heads)[0]
 
 
 def _check_hidden(heads: tuple[Tensor, ...], stacked: bool, labels: Tensor) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_ext.ops.common import metrics
-from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.common.result import MultiTokenLoss, RowTables, head_metrics
+from mtp_ext.ops.loss.arguments import LossCall
 
 
 def logits_of(
@@ -108,6 +109,14 @@ def _target_weights(
     return weights
 
 
+def row_tables(logits: Tensor, valid: Tensor) -> RowTables:
+    """What metrics read of rows of logits ``[B, S, V]``, where ``valid [B, S]``; no losses."""
+    lse = torch.logsumexp(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return RowTables(
+        loss=torch.zeros_like(lse), lse=torch.where(valid, lse, 0), predicted=torch.where(valid, logits.argmax(-1), -1)
+    )
+
+
 def shifted_targets(labels: Tensor, k: int, seq_len: int, document_ids: Tensor | None, ignore_index: int) -> Tensor:
     """``[B, S]``: what head ``k`` predicts at each position, ``ignore_index`` where it has no target."""
     targets = torch.full_like(labels[:, :seq_len], ignore_index)
@@ -143,7 +152,7 @@ def multi_token_cross_entropy(
     n_heads, seq_len = len(hidden), hidden[0].shape[1]
     per_head = reduction == "mean" and isinstance(normalizer, str)
     options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-    losses, n_valid, predicted = [], [], []
+    losses, n_valid, tables = [], [], []
     for k in range(1, n_heads + 1):
         targets = shifted_targets(labels, k, seq_len, document_ids, ignore_index)
         weights = None
@@ -169,18 +178,36 @@ def multi_token_cross_entropy(
         valid = targets != ignore_index
         n_valid.append(valid.sum())
         with torch.no_grad():
-            argmax = logits_of(hidden[k - 1], unembed, **options).argmax(-1)
-            predicted.append(torch.where(valid, argmax, -1))
+            tables.append(row_tables(logits_of(hidden[k - 1], unembed, **options), valid))
     each = torch.stack([x for x in losses if isinstance(x, Tensor)])  # [n], or [n, B, S]
     head_loss = each if per_head else each.sum((1, 2))
     if reduction == "mean" and not isinstance(normalizer, str):
         head_loss = head_loss / normalizer
     scale = torch.ones_like(head_loss) if head_weights is None else torch.as_tensor(head_weights).to(head_loss)
-    counts, table = torch.stack(n_valid), torch.stack(predicted)
+    counts = torch.stack(n_valid)
+    stacked = RowTables._make(torch.stack(of_heads) for of_heads in zip(*tables, strict=True))
     return MultiTokenLoss(
-        each * scale[:, None, None] if reduction == "none" else (head_loss * scale).sum(),
-        head_loss.detach(),
-        counts,
-        metrics.top1(table, labels, counts, seq_len=seq_len, first_shift=1),
-        metrics.acceptance_length(table),
+        loss=each * scale[:, None, None] if reduction == "none" else (head_loss * scale).sum(),
+        head_loss=head_loss.detach(),
+        n_valid=counts,
+        **head_metrics(stacked, labels, counts, first_shift=1),
+    )
+
+
+def loss_of(call: LossCall, hidden: Sequence[Tensor], weight: Tensor) -> MultiTokenLoss:
+    """:func:`multi_token_cross_entropy` of a call's arguments."""
+    row_options = {f.name: getattr(call.options, f.name) for f in dataclasses.fields(call.options)}
+    return multi_token_cross_entropy(
+        hidden,
+        weight,
+        call.labels,
+        document_ids=call.document_ids,
+        head_weights=call.head_weights,
+        token_weights=call.token_weights,
+        normalizer=call.normalizer,
+        detach_weight=call.detach_weight,
+        bias=call.bias,
+        ignore_index=call.ignore_index,
+        reduction=call.reduction,
+        **row_options,
     )

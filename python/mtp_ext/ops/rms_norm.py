@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mtp_ext.ops.common.checks import built_for, check_shape, describe
-from mtp_ext.ops.common.dtensor import is_dtensor
-from mtp_ext.ops.loss.device_rows import KERNEL_DTYPES
+from mtp_ext.ops.common.backend import KERNEL_DTYPES, backend_of
+from mtp_ext.ops.common.checks import describe
+from mtp_ext.ops.common.runtime import is_dtensor
 
 # A row as float32 must fit the shared memory of a block: 99 KiB on the smallest device that the kernels are built for.
 LARGEST_WIDTH = 16384
@@ -50,33 +50,20 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class RMSNormHeadsFunction(torch.autograd.Function):
-    """The kernel. ``x`` and ``residual`` ``[T, D]`` and ``weights [n, D]`` float32 are contiguous.
-
-    Returns ``y [n, T, D]``, and ``x + residual`` where a residual is given.
-    """
+    """The kernel: ``x [T, D]`` and float32 ``weights [n, D]``, both contiguous -> ``[n, T, D]``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weights: Tensor, eps: float
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        y, h, rstd = torch.ops.mtp_ext._rms_norm_heads(x, residual, weights, eps)
-        ctx.save_for_backward(x if residual is None else h, weights, rstd)
-        return y if residual is None else (y, h)
+    def forward(ctx: Any, x: Tensor, weights: Tensor, eps: float) -> Tensor:
+        y, rstd = backend_of(x.device).rms_norm_heads(x, weights, eps)
+        ctx.save_for_backward(x, weights, rstd)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_h: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        h, weights, rstd = ctx.saved_tensors
-        grad_x, grad_weights = torch.ops.mtp_ext._rms_norm_heads_backward(
-            grad_y.contiguous(), h, None if grad_h is None else grad_h.contiguous(), weights, rstd
-        )
-        needs_x, needs_residual, needs_weights, _ = ctx.needs_input_grad
-        return (
-            grad_x if needs_x else None,
-            grad_x if needs_residual else None,
-            grad_weights if needs_weights else None,
-            None,
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, rstd = ctx.saved_tensors
+        grad_x, grad_weights = backend_of(x.device).rms_norm_heads_backward(grad.contiguous(), x, weights, rstd)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_weights if ctx.needs_input_grad[1] else None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -88,48 +75,36 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: Added to the mean square.
     """
     if uses_kernel(x, weight):
-        y: Tensor = _by_kernel(x, weight.unsqueeze(0), eps, None)
-        return y.squeeze(0)
+        return _by_kernel(x, weight.unsqueeze(0), eps).squeeze(0)
     if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
         ours: Tensor = RMSNormFunction.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return ours
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def rms_norm_heads(
-    x: Tensor, weights: Tensor, eps: float, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm_heads(x: Tensor, weights: Tensor, eps: float) -> Tensor:
     """The norms of ``n`` heads that read one and the same tensor; its mean square is formed once on a GPU.
 
     Args:
         x: ``[..., D]``, of any float dtype.
         weights: ``[n, D]``.
         eps: Added to the mean square.
-        residual: Like ``x``; what is normed is then ``h = x + residual``, rounded to its dtype.
     Returns:
-        ``[n, ..., D]`` of ``x``'s dtype; with a residual, also ``h [..., D]``. Differentiable once.
+        ``[n, ..., D]`` of ``x``'s dtype. Differentiable once.
     Raises:
-        ValueError: ``weights`` or ``residual`` do not fit ``x``.
+        ValueError: ``weights`` does not fit ``x``.
     """
     if weights.dim() != 2 or weights.shape[0] == 0 or weights.shape[1] != x.shape[-1]:
         raise ValueError(f"weights must be [n, D] with n >= 1 and D = {x.shape[-1]}, got {describe(weights)}")
-    if residual is not None:
-        check_shape("residual", residual, x.shape, "that of x")
-        if residual.dtype != x.dtype:
-            raise ValueError(f"residual must have x's dtype, got {describe(residual)} for {describe(x)}")
     if uses_kernel(x, weights):
-        outputs: Tensor | tuple[Tensor, Tensor] = _by_kernel(x, weights, eps, residual)
-        return outputs
-    h = x if residual is None else x + residual
-    y = torch.stack([rms_norm(h, weight, eps) for weight in weights])
-    return y if residual is None else (y, h)
+        return _by_kernel(x, weights, eps)
+    return torch.stack([rms_norm(x, weight, eps) for weight in weights])
 
 
 def uses_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel takes ``x [..., D]`` with these weights ``[..., D]``."""
     return (
-        x.is_cuda
-        and built_for("cuda")
+        backend_of(x.device).has_kernels
         and x.dtype in KERNEL_DTYPES
         and weight.dtype in (torch.float32, x.dtype)
         and weight.device == x.device
@@ -140,24 +115,18 @@ def uses_kernel(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _by_kernel(x: Tensor, weights: Tensor, eps: float, residual: Tensor | None) -> Any:
-    width = x.shape[-1]
-    rows = [None if t is None else t.reshape(-1, width).contiguous() for t in (x, residual)]
-    outputs = RMSNormHeadsFunction.apply(*rows, weights.float().contiguous(), eps)  # type: ignore[no-untyped-call]
-    shape = (weights.shape[0], *x.shape)
-    return outputs.view(shape) if residual is None else (outputs[0].view(shape), outputs[1].view(x.shape))
+def _by_kernel(x: Tensor, weights: Tensor, eps: float) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y: Tensor = RMSNormHeadsFunction.apply(rows, weights.float().contiguous(), eps)  # type: ignore[no-untyped-call]
+    return y.view(weights.shape[0], *x.shape)
 
 
 @torch.library.register_fake("mtp_ext::_rms_norm_heads")  # type: ignore[untyped-decorator]
-def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
-    return (
-        x.new_empty((weight.shape[0], rows, width)),
-        x.new_empty((0 if residual is None else rows, width)),
-        x.new_empty(rows, dtype=torch.float32),
-    )
+    return x.new_empty((weight.shape[0], rows, width)), x.new_empty(rows, dtype=torch.float32)
 
 
 @torch.library.register_fake("mtp_ext::_rms_norm_heads_backward")  # type: ignore[untyped-decorator]
-def _(grad_y: Tensor, h: Tensor, grad_h: Tensor | None, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(h), torch.empty_like(weight)
+def _(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_ext.ops.common.checks import built_for
-from mtp_ext.ops.common.dtensor import is_dtensor
+from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.runtime import is_dtensor
 
 # Of the decoding kernel (csrc/kernels/decode.h); other calls are a GEMM.
 LARGEST_ROWS = 64
@@ -60,8 +60,7 @@ def _check_count(k: int, weight: Tensor) -> None:
 def uses_kernel(hidden: Tensor, weight: Tensor, k: int) -> bool:
     """Whether the one-pass kernel takes the call."""
     return (
-        hidden.is_cuda
-        and built_for("cuda")
+        backend_of(hidden.device).has_kernels
         and hidden.dtype == weight.dtype
         and hidden.dtype in (torch.bfloat16, torch.float16)
         and not is_dtensor(hidden)
@@ -75,7 +74,7 @@ def uses_kernel(hidden: Tensor, weight: Tensor, k: int) -> bool:
 
 
 def _by_kernel(hidden: Tensor, weight: Tensor, k: int) -> TopClasses:
-    logits, ids, lse = torch.ops.mtp_ext._decode(hidden.contiguous(), weight, k)
+    logits, ids, lse = backend_of(hidden.device).decode(hidden.contiguous(), weight, k)
     return TopClasses(logits, ids.long(), lse)
 
 
@@ -88,7 +87,7 @@ def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == 1:
         best = scores.max(-1, keepdim=True)  # documented: of equals the first
         return _widened(best.values), best.indices
-    if scores.device.type == "cpu":  # elsewhere, looking would be a synchronisation
+    if backend_of(scores.device).sees_values:
         values, classes = scores.topk(min(k + 1, scores.shape[1]))
         if not (values[:, 1:] == values[:, :-1]).any():  # topk leaves the order of equals open
             return _widened(values[:, :k]), classes[:, :k]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from mtp_ext.nn.heads.unembedding import ReplicatedUnembedding
 from mtp_ext.nn.schedules.dispatch import check_schedule, multi_token_loss
 from mtp_ext.nn.schedules.fsdp import gathered, reduce_in_backward
-from mtp_ext.nn.schedules.targets import Targets
+from mtp_ext.nn.schedules.targets import StepKeywords, Targets
 from mtp_ext.nn.transformer.layers import RMSNorm
 from mtp_ext.nn.variants import VARIANTS, chains_of, check_variant
 from mtp_ext.ops.common.checks import describe
-from mtp_ext.ops.common.dtensor import is_dtensor
 from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.common.runtime import is_dtensor
 from mtp_ext.ops.rms_norm import rms_norm, rms_norm_heads
 from mtp_ext.ops.rms_norm import uses_kernel as rms_norm_uses_kernel
 from mtp_ext.ops.top_classes import largest_logits
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Head(nn.Module):
@@ -118,6 +121,13 @@ class Heads(nn.Module):
         return head
 
     @property
+    def vocab_size(self) -> int:
+        """``V``."""
+        weight = self._borrowed[0].weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[-2]
+
+    @property
     def unembedding(self) -> Tensor:
         """``[V, D]``, shared by all heads, or ``[n, V, D]``."""
         unembed, embed = self._borrowed
@@ -174,7 +184,6 @@ class Heads(nn.Module):
             return None
         assert norms[0].eps is not None
         outputs = rms_norm_heads(x, torch.stack([norm.weight for norm in norms]), norms[0].eps)
-        assert isinstance(outputs, Tensor), "there is no residual"
         return dict(zip(sorted(wanted), outputs.unbind(0), strict=True))
 
     def parameters_of(self, k: int) -> list[Tensor]:
@@ -215,14 +224,7 @@ class Heads(nn.Module):
         document_ids: Tensor | None = None,
         head_weights: Tensor | Sequence[float] | None = None,
         schedule: str = "sequential",
-        *,
-        normalizer: str | float | Tensor = "per_head",
-        ignore_index: int = -100,
-        detach_heads: Collection[int] = (),
-        detach_weight: Collection[int] = (),
-        chunk_rows: int | None = None,
-        workspace_bytes: int | None = None,
-        max_valid: int | Sequence[int] | None = None,
+        **keywords: Unpack[StepKeywords],
     ) -> MultiTokenLoss:
         """The loss of all heads on the trunk's output; see :meth:`mtp_ext.nn.MTPModel.forward`.
 
@@ -232,23 +234,11 @@ class Heads(nn.Module):
         if hidden.dim() != 3 or hidden.shape[-1] != self.width:
             raise ValueError(f"hidden must be [B, S, D] with D = {self.width}, got {describe(hidden)}")
         check_schedule(schedule)
+        batch, seq_len = hidden.shape[:2]
         targets = Targets.checked(
-            labels,
-            batch=hidden.shape[0],
-            seq_len=hidden.shape[1],
-            n_heads=self.n_heads,
-            device=hidden.device,
-            document_ids=document_ids,
-            head_weights=head_weights,
-            normalizer=normalizer,
-            ignore_index=ignore_index,
-            detach_heads=detach_heads,
-            detach_weight=detach_weight,
-            chunk_rows=chunk_rows,
-            workspace_bytes=workspace_bytes,
-            max_valid=max_valid,
+            self, labels, document_ids, head_weights, keywords, batch=batch, seq_len=seq_len, device=hidden.device
         )
-        seen = None if document_ids is None else document_ids[:, : hidden.shape[1]]
+        seen = None if document_ids is None else document_ids[:, :seq_len]
         return self.loss(hidden, targets, self.context(hidden, labels, seen), schedule)
 
     def loss(self, hidden: Tensor, targets: Targets, context: Any, schedule: str) -> MultiTokenLoss:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtp_ext.nn.schedules.autograd import plain_loss
+from mtp_ext.nn.schedules.autograd import autograd_loss
 from mtp_ext.nn.schedules.head_stack import HeadStack
 from mtp_ext.nn.schedules.joint import joint_loss
 from mtp_ext.nn.schedules.sequential import sequential_loss
@@ -43,7 +43,7 @@ def multi_token_loss(
         return sequential_loss(heads, hidden, weight, context, targets)
     if schedule == "joint":
         return joint_loss(heads, hidden, weight, context, targets)
-    return plain_loss(heads, hidden, weight, context, targets)
+    return autograd_loss(heads, hidden, weight, context, targets)
 
 
 def check_schedule(schedule: str) -> None:

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_ext.ops.loss import arguments as call
-
 
 class HeadStack(Protocol):
     """What a schedule needs of the heads; see :class:`mtp_ext.nn.heads.Heads`."""
@@ -21,6 +19,9 @@ class HeadStack(Protocol):
     softcap: float | None
     one_row: bool  # the heads all give the same output
     training: bool
+
+    @property
+    def vocab_size(self) -> int: ...
 
     def run(self, k: int, x: Tensor, context: Any) -> tuple[Tensor, Tensor]: ...
 
@@ -75,8 +76,3 @@ def head_outputs(
             else:
                 x, outputs[k] = heads.run(k, x, context)
     return {k: outputs[k] for k in sorted(outputs) if k in wanted}
-
-
-def scaled(grads: Sequence[Tensor | None], by: Tensor) -> list[Tensor | None]:
-    """Saved gradients times the incoming one, each in its own dtype; see :func:`mtp_ext.ops.loss.arguments.scaled`."""
-    return [None if g is None else call.scaled(g, by, g.dtype) for g in grads]

@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mtp_ext.nn.schedules.fsdp import HeadWeights, reduce_in_backward
-from mtp_ext.nn.schedules.head_stack import HeadStack, chains_to_run, scaled
+from mtp_ext.nn.schedules.head_stack import HeadStack, chains_to_run
 from mtp_ext.nn.schedules.random_state import RandomState
-from mtp_ext.nn.schedules.step_loss import StepLoss, step_loss
+from mtp_ext.nn.schedules.step_loss import step_loss
 from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.loss.arguments import Gradients
+from mtp_ext.ops.loss.autograd import with_gradients
 
 
 def sequential_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:
@@ -40,52 +41,18 @@ def sequential_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: A
         sweep.run()
     # A parameter that several heads read is one input, and gets one gradient.
     parameters = [] if sums is None else [x for x in sums.tensors if x is not hidden]
-    inputs = (hidden, weight, targets.head_weights, *parameters)
+    inputs = (hidden, weight, targets.call.head_weights, *parameters)
     if not with_grad or not any(x is not None and x.requires_grad for x in inputs):
         return sweep.loss.result()
-    result = MultiTokenLoss(*SequentialFunction.apply(sweep.loss, sweep.sums, *inputs))  # type: ignore[no-untyped-call]
+    grad_weight = sweep.loss.grad_weight
+    gradients = Gradients(
+        weight=None if grad_weight is None else grad_weight.to(weight.dtype),
+        bias=None,
+        hidden=[sweep.sums.of(x) for x in (hidden, *parameters)],
+    )
+    result = with_gradients(sweep.loss.result(), gradients, targets.call, weight, [hidden, *parameters])
     reduce_in_backward(result.loss, weights.modules, gather=False)
     return result
-
-
-class SequentialFunction(torch.autograd.Function):
-    """Hands the heads' gradients, which were taken in the forward, to autograd in its backward.
-
-    Inputs are the trunk's output, the unembedding, the head weights and every parameter of the heads, so each of them
-    gets its whole gradient once, from its own autograd node: hooks, DDP, FSDP2, clipping and loss scaling see nothing
-    unusual.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        loss: StepLoss,
-        sums: GradientSums,
-        hidden: Tensor,
-        weight: Tensor,
-        head_weights: Tensor | None,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:
-        result = loss.result()
-        grad_weight = loss.grad_weight
-        wants_head_weights = head_weights is not None and head_weights.requires_grad
-        ctx.head_weights_dtype = None if head_weights is None else head_weights.dtype
-        ctx.save_for_backward(
-            sums.of(hidden),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            result.head_loss if wants_head_weights else None,
-            *(sums.of(p) for p in parameters),
-        )
-        ctx.mark_non_differentiable(*result[1:])
-        return tuple(result)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, head_weights, *parameters = scaled(ctx.saved_tensors, grad_loss)
-        if head_weights is not None:
-            head_weights = head_weights.to(ctx.head_weights_dtype)
-        return (None, None, hidden, weight, head_weights, *parameters)
 
 
 class GradientSums:

@@ -3,87 +3,117 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from mtp_ext.nn.schedules.head_stack import HeadStack
 from mtp_ext.ops.common import checks
+from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.runtime import autocast_dtype
+from mtp_ext.ops.loss.arguments import LossCall
+from mtp_ext.ops.loss.options import RowOptions
+
+
+class StepKeywords(TypedDict, total=False):
+    """The keyword arguments that every model takes beside its labels; the defaults are those of the loss.
+
+    All but these two are described by :func:`mtp_ext.multi_token_cross_entropy`.
+
+    Attributes:
+        options: How a row of logits becomes a loss: smoothing, z-loss, scale, cap, class weights.
+        detach_heads: 1-based heads that learn but send no gradient to what they read (the trunk, or the head before in
+            a chained variant).
+    """
+
+    options: RowOptions
+    detach_heads: Collection[int]
+    detach_weight: Collection[int]
+    token_weights: Tensor | None
+    normalizer: str | float | Tensor
+    ignore_index: int
+    chunk_rows: int | None
+    workspace_bytes: int | None
+    max_valid: int | Sequence[int] | None
+
+
+_KEYWORDS = frozenset(StepKeywords.__optional_keys__)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Arguments of the loss, as :func:`mtp_ext.multi_token_cross_entropy` describes them; ``checked`` makes one."""
+    """The arguments of a step, checked."""
 
-    labels: Tensor  # [B, S'], unshifted
-    document_ids: Tensor | None  # [B, S']
-    head_weights: Tensor | None  # [n]
-    normalizer: str | float | Tensor
-    ignore_index: int
+    call: LossCall  # in float32 until the hidden states are known: see of_hidden
     active: frozenset[int]  # heads that run; the weight of the others is known to be 0
     detach_heads: frozenset[int]
-    detach_weight: frozenset[int]
-    chunk_rows: int | None
-    workspace_bytes: int | None
-    max_valid: list[int] | None  # [n]
 
     @staticmethod
     def checked(
+        heads: HeadStack,
         labels: Tensor,
+        document_ids: Tensor | None,
+        head_weights: Tensor | Sequence[float] | None,
+        keywords: StepKeywords,
         *,
         batch: int,
         seq_len: int,
-        n_heads: int,
         device: torch.device,
-        document_ids: Tensor | None = None,
-        head_weights: Tensor | Sequence[float] | None = None,
-        normalizer: str | float | Tensor = "per_head",
-        ignore_index: int = -100,
-        detach_heads: Collection[int] = (),
-        detach_weight: Collection[int] = (),
-        chunk_rows: int | None = None,
-        workspace_bytes: int | None = None,
-        max_valid: int | Sequence[int] | None = None,
     ) -> Targets:
         """Raises TypeError or ValueError for the first wrong argument, before any work."""
+        if unknown := keywords.keys() - _KEYWORDS:
+            raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
         checks.check_tensor("labels", labels, dtypes=checks.INDEX_DTYPES, shape="[B, S']", device=device)
         if labels.dim() != 2 or labels.shape[0] != batch or labels.shape[1] < seq_len:
             raise ValueError(
                 f"labels must be [B, S'] with B = {batch} and S' >= S = {seq_len} (unshifted; S + n loses no target), "
                 f"got {checks.describe(labels)}"
             )
-        checks.check_like_labels(labels, document_ids, None)
-        checks.check_positive_int("chunk_rows", chunk_rows)
-        checks.check_positive_int("workspace_bytes", workspace_bytes)
+        token_weights = keywords.get("token_weights")
+        checks.check_like_labels(labels, document_ids, token_weights)
+        n_heads = heads.n_heads
         weights = checks.checked_head_weights(head_weights, n_heads, device)
-        return Targets(
-            labels,
-            document_ids,
-            weights,
-            checks.checked_normalizer(normalizer),
-            ignore_index,
-            _active_heads(head_weights if weights is None or weights.device.type != "cpu" else weights, n_heads),
-            checks.checked_heads("detach_heads", detach_heads, n_heads),
-            checks.checked_heads("detach_weight", detach_weight, n_heads),
-            chunk_rows,
-            workspace_bytes,
-            checks.checked_max_valid(max_valid, n_heads),
+        call = LossCall(
+            labels=labels,
+            seq_len=seq_len,
+            n_heads=n_heads,
+            first_shift=1,
+            compute_dtype=torch.float32,
+            options=_checked_options(heads, keywords.get("options"), device),
+            head_weights=weights,
+            document_ids=document_ids,
+            token_weights=token_weights,
+            normalizer=checks.checked_normalizer(keywords.get("normalizer", "per_head")),
+            ignore_index=keywords.get("ignore_index", -100),
+            detach_weight=checks.checked_heads("detach_weight", keywords.get("detach_weight", ()), n_heads),
+            max_valid=checks.checked_max_valid(keywords.get("max_valid"), n_heads),
+            chunk_rows=keywords.get("chunk_rows"),
+            workspace_bytes=keywords.get("workspace_bytes"),
         )
+        checks.check_int("ignore_index", call.ignore_index)
+        checks.check_positive_int("chunk_rows", call.chunk_rows)
+        checks.check_positive_int("workspace_bytes", call.workspace_bytes)
+        known = head_weights if weights is None or not backend_of(weights.device).sees_values else weights
+        detach_heads = checks.checked_heads("detach_heads", keywords.get("detach_heads", ()), n_heads)
+        return Targets(call, _active_heads(known, n_heads), detach_heads)
 
-    def of_the_loss(self) -> dict[str, Any]:
-        """Keywords that define the loss."""
-        return {
-            "document_ids": self.document_ids,
-            "head_weights": self.head_weights,
-            "normalizer": self.normalizer,
-            "ignore_index": self.ignore_index,
-            "detach_weight": self.detach_weight,
-        }
+    def of_hidden(self, hidden: Tensor) -> LossCall:
+        """The call, in the dtype that ``hidden`` is multiplied in."""
+        return replace(self.call, compute_dtype=autocast_dtype(hidden) or hidden.dtype)
 
-    def of_the_chunks(self) -> dict[str, Any]:
-        """Keywords that bound the memory of the fused loss and leave its value alone."""
-        return {"chunk_rows": self.chunk_rows, "workspace_bytes": self.workspace_bytes}
+
+def _checked_options(heads: HeadStack, options: RowOptions | None, device: torch.device) -> RowOptions:
+    """``options`` with the soft cap of the heads."""
+    if options is None:
+        return RowOptions(softcap=heads.softcap)
+    if not isinstance(options, RowOptions):
+        raise TypeError(f"options must be mtp_ext.RowOptions or None, got {checks.describe(options)}")
+    if options.softcap not in (None, heads.softcap):
+        raise ValueError(f"options.softcap must be None or the model's own {heads.softcap}, got {options.softcap}")
+    options.check(heads.vocab_size, device)
+    return replace(options, softcap=heads.softcap)
 
 
 def _active_heads(head_weights: Tensor | Sequence[float] | None, n_heads: int) -> frozenset[int]:
@@ -93,7 +123,7 @@ def _active_heads(head_weights: Tensor | Sequence[float] | None, n_heads: int) -
     if head_weights is None or torch.compiler.is_compiling():
         return every
     if isinstance(head_weights, Tensor):
-        if head_weights.requires_grad or head_weights.device.type != "cpu":
+        if head_weights.requires_grad or not backend_of(head_weights.device).sees_values:
             return every
         head_weights = head_weights.tolist()
     return frozenset(k for k, weight in enumerate(head_weights, 1) if weight != 0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mtp_ext.nn.config import MTPConfig
 from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.nn.transformer.rotary import rotate, rotation
+from mtp_ext.ops.common.backend import backend_of
 
 # Documents shorter than this, on average, attend through a mask rather than one call each: at 64 tokens, one call a
 # document and the masked call over the row take the same time.
@@ -47,7 +48,7 @@ class AttentionContext:
         turns = rotation(torch.arange(seq_len, device=device), config.head_dim, config.rope_theta, dtype)
         if document_ids is None or seq_len == 0:
             return AttentionContext(turns)
-        if device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, looking would be a synchronisation
+        if backend_of(device).sees_values and not torch.compiler.is_compiling():
             lengths = document_lengths(document_ids)
             if lengths is not None and len(lengths) == document_ids.shape[0]:
                 return AttentionContext(turns)

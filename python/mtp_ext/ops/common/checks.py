@@ -7,19 +7,12 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.common.debug import debug_checks_enabled
-from mtp_ext.ops.common.dtensor import is_dtensor
-from mtp_ext.ops.loss.device_rows import constants
+from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.runtime import debug_checks_enabled, is_dtensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
 REDUCTIONS = ("mean", "sum", "none")
-# The device types that this build has kernels for. A module's constant: torch.compile cannot trace the question.
-_BACKENDS = tuple(
-    device
-    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-    if torch._C._dispatch_has_kernel_for_dispatch_key("mtp_ext::_loss_rows_", key)
-)
 
 
 def describe(x: object) -> str:
@@ -110,22 +103,6 @@ def check_number(name: str, x: object, or_none: str = "") -> None:
         raise TypeError(f"{name} must be a number{or_none}, got {describe(x)}")
 
 
-def check_options(label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float) -> None:
-    """The types and ranges of the scalar options."""
-    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)):
-        check_number(name, value)
-    if softcap is not None:
-        check_number("softcap", softcap, " or None")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if not 0.0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
-    if softcap is not None and not 0.0 < softcap < float("inf"):
-        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
-    if not abs(logit_scale) < float("inf"):
-        raise ValueError(f"logit_scale must be finite, got {logit_scale}")
-
-
 def check_same_dtype(hidden_dtype: torch.dtype, name: str, x: Tensor, autocast: bool) -> None:
     """Operands share a dtype unless autocast chooses one for them."""
     if not autocast and x.dtype != hidden_dtype:
@@ -133,23 +110,9 @@ def check_same_dtype(hidden_dtype: torch.dtype, name: str, x: Tensor, autocast: 
         raise TypeError(f"{name} must have hidden's dtype {expected} outside autocast, got {describe(x)}")
 
 
-def built_for(device_type: str) -> bool:
-    """Whether this build has kernels for ``"cpu"`` or ``"cuda"`` tensors."""
-    return device_type in _BACKENDS
-
-
-def check_backend(device: torch.device) -> None:
-    """Raises RuntimeError where no kernel was built for ``device``."""
-    if not built_for(device.type):
-        raise RuntimeError(
-            f"mtp_ext has no kernels for {device.type} tensors in this build (it has: {', '.join(_BACKENDS)}); for "
-            "CUDA, reinstall where torch has CUDA and nvcc exists: MTP_EXT_CUDA=1 pip install --no-build-isolation ."
-        )
-
-
 def check_targets_in_range(labels: Tensor, first_invalid: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raises ValueError for a label that is no class: on the CPU, where looking costs nothing, or in debug mode."""
-    if labels.device.type == "cpu" or debug_checks_enabled():
+    if backend_of(labels.device).sees_values or debug_checks_enabled():
         check_first_invalid(int(first_invalid.item()), labels, vocab_size, ignore_index)
 
 
@@ -165,7 +128,7 @@ def check_first_invalid(at: int, labels: Tensor, vocab_size: int, ignore_index: 
 
 def check_max_valid(n_valid: Tensor, max_valid: Sequence[int] | None) -> None:
     """Raises ValueError where a head has more targets than it was said to: on the CPU, or in debug mode."""
-    if max_valid is None or not (n_valid.device.type == "cpu" or debug_checks_enabled()):
+    if max_valid is None or not (backend_of(n_valid.device).sees_values or debug_checks_enabled()):
         return
     for k, (count, limit) in enumerate(zip(n_valid.tolist(), max_valid, strict=True), 1):
         if count > limit:
@@ -199,7 +162,7 @@ def checked_head_weights(
     values = [float(w) for w in head_weights]
     if len(values) != n_heads:
         raise ValueError(f"head_weights must hold n = {n_heads} numbers, got {len(values)}")
-    return constants(values, torch.float64, device)
+    return backend_of(device).constants(values, torch.float64, device)
 
 
 def checked_normalizer(normalizer: object) -> str | float | Tensor:

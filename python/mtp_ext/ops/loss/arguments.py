@@ -1,120 +1,64 @@
-"""One call of a public loss: its arguments, checked, in the form that the Functions and the operators take."""
+"""One call of a loss: its arguments as one object, from the public functions and the models down to the kernels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtp_ext.ops.common import checks
-from mtp_ext.ops.loss.device_rows import scaled_on_device
+from mtp_ext.ops.loss.options import RowOptions
 
 
-@dataclass(frozen=True)
-class RowArguments:
-    """The keyword arguments that both public losses share; the scalar options still unchecked."""
+class Needs(NamedTuple):
+    """Which gradients a call has to form."""
 
-    bias: Tensor | None
-    class_weights: Tensor | None
-    token_weights: Tensor | None
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
-    logit_scale: float
-    chunk_rows: int | None
-    workspace_bytes: int | None
-    grad_weight_out: Tensor | None
-    group: torch.distributed.ProcessGroup | None
+    hidden: bool
+    weight: bool
+    bias: bool
 
-    def check(self, weight: Tensor) -> None:
-        """Raises TypeError or ValueError for the first argument that is wrong."""
-        device, vocab_size = weight.device, weight.shape[-2]
-        checks.check_vector("bias", self.bias, vocab_size, "V", checks.FLOAT_DTYPES, device)
-        checks.check_vector("class_weights", self.class_weights, vocab_size, "V", checks.FLOAT_DTYPES, device)
-        checks.check_int("ignore_index", self.ignore_index)
-        checks.check_options(self.label_smoothing, self.z_loss, self.softcap, self.logit_scale)
-        checks.check_positive_int("chunk_rows", self.chunk_rows)
-        checks.check_positive_int("workspace_bytes", self.workspace_bytes)
-        checks.check_grad_weight_out(self.grad_weight_out, weight)
-        checks.check_group(self.group)
-        checks.check_reduction(self.reduction)
+    @staticmethod
+    def of(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> Needs:
+        """Those that autograd will ask for; that of the weight also where it goes into a buffer."""
+        if not torch.is_grad_enabled():
+            return Needs(False, False, False)
+        return Needs(
+            any(h.requires_grad for h in hidden),
+            weight.requires_grad or call.grad_weight_out is not None,
+            call.bias is not None and call.bias.requires_grad,
+        )
 
 
-@dataclass(frozen=True)
-class LossCall:
-    """What a Function needs beside its differentiable inputs."""
+class PackedCall(NamedTuple):
+    """A :class:`LossCall` as an operator's arguments; the names are those of the schemas in ``operators.py``."""
 
-    labels: Tensor  # [B, S']
-    seq_len: int
-    n_heads: int
-    first_shift: int
-    row: RowArguments
+    tensors: list[Tensor | None]
+    options: list[float]
+    sizes: list[int]
+    detach_weight: list[int]
+    max_valid: list[int]
     compute_dtype: torch.dtype
-    normalizer: str | float | Tensor = "per_head"
-    document_ids: Tensor | None = None
-    detach_weight: frozenset[int] = field(default_factory=frozenset)
-    max_valid: list[int] | None = None  # [n]
-    with_metrics: bool = True  # top-1 and accept length
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors that :mod:`mtp_ext.ops.loss.operators` take after hidden states, weight and bias."""
-        return self.labels, self.document_ids, self.row.token_weights, self.row.class_weights
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments that those operators share."""
-        row = self.row
-        return {
-            "seq_len": self.seq_len,
-            "n_heads": self.n_heads,
-            "first_shift": self.first_shift,
-            "ignore_index": row.ignore_index,
-            "label_smoothing": row.label_smoothing,
-            "z_loss": row.z_loss,
-            "softcap": row.softcap or 0.0,
-            "logit_scale": row.logit_scale,
-            "detach_weight": sorted(self.detach_weight),
-            "compute_dtype": self.compute_dtype,
-            "chunk_rows": row.chunk_rows,
-            "workspace_bytes": row.workspace_bytes,
-            "max_valid": self.max_valid,
-            "group_name": None if row.group is None else row.group.group_name,
-        }
-
-    def normalizers(self) -> tuple[Tensor | None, float]:
-        """The normalizer as a tensor and a number, of which the operators use one; both absent: each head's mean."""
-        if self.row.reduction in ("sum", "none"):
-            return None, 1.0
-        if isinstance(self.normalizer, Tensor):
-            return self.normalizer, 0.0
-        return None, 0.0 if isinstance(self.normalizer, str) else self.normalizer
+    group_name: str
 
 
-def wants_grad(x: Tensor | None) -> bool:
-    """Whether autograd will ask for the gradient of ``x``."""
-    return x is not None and torch.is_grad_enabled() and x.requires_grad
+class Gradients(NamedTuple):
+    """The gradients of a loss; None, or an empty sequence, for those that were not needed."""
+
+    weight: Tensor | None  # its shape, float32 (float64 for float64 operands)
+    bias: Tensor | None  # [V], likewise
+    hidden: Sequence[Tensor | None]  # in the form of hidden, in saved_grad_dtype
 
 
-def hand_out_grad_weight(grad: Tensor, by: Tensor, buffer: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The weight's gradient times ``by``: as ``dtype``, or added to ``buffer`` (``grad_weight_out``)."""
-    if buffer is None:
-        return scaled(grad, by, dtype)
-    torch.ops.mtp_ext._add_scaled_(buffer, grad, by)
-    return None
+@dataclass
+class WeightSums:
+    """Where the gradients of weight and bias are summed over the heads of a step; None where they are not needed."""
 
-
-def scaled(grad: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad * by`` as ``dtype``, ``by`` 0-d and of 32 bits or more; never in place: a backward may run again."""
-    if not torch.compiler.is_compiling() and by.device.type == "cpu" and by.item() == 1.0:
-        return grad.to(dtype)
-    if grad.is_cuda and torch.float64 not in (grad.dtype, dtype):  # the kernel has no float64
-        return scaled_on_device(grad, by, dtype)
-    # Not in 16 bits: a loss scale of 65536 is infinite in float16.
-    wide = grad if grad.dtype.itemsize > 2 else grad.to(by.dtype)
-    return (wide * by).to(dtype)
+    weight: Tensor | None  # [V, D]; of replicated unembeddings [n, V, D]; uninitialised before the first head
+    bias: Tensor | None  # [V]
+    accumulate: bool = False  # weight is one for all heads, and holds the gradient of those before
 
 
 def saved_grad_dtype(hidden: Tensor) -> torch.dtype:
@@ -123,3 +67,154 @@ def saved_grad_dtype(hidden: Tensor) -> torch.dtype:
     The loss scale that keeps float16 gradients from underflowing arrives with the backward: until then, float32.
     """
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """The arguments of a loss but for hidden states and weight; :func:`mtp_ext.multi_token_cross_entropy` has them all.
+
+    Row ``(k, b, s)`` of the flat rows ``[n * B * S]`` predicts ``labels[b, s + first_shift + k]``, ``k = 0..n-1``.
+    """
+
+    labels: Tensor  # [B, S']
+    seq_len: int  # S
+    n_heads: int  # n
+    first_shift: int  # of head 1: 1 for the next token, 0 for targets that lie at their positions
+    compute_dtype: torch.dtype  # what hidden states and weight are rounded to before they are multiplied
+    options: RowOptions = field(default_factory=RowOptions)
+    bias: Tensor | None = None  # [V]
+    head_weights: Tensor | None = None  # [n]
+    document_ids: Tensor | None = None  # [B, S']
+    token_weights: Tensor | None = None  # [B, S']
+    normalizer: str | float | Tensor = "per_head"
+    reduction: str = "mean"
+    ignore_index: int = -100
+    detach_weight: frozenset[int] = frozenset()  # 1-based heads
+    max_valid: list[int] | None = None  # [n]
+    chunk_rows: int | None = None
+    workspace_bytes: int | None = None
+    grad_weight_out: Tensor | None = None  # of weight's shape
+    group: torch.distributed.ProcessGroup | None = None
+    with_metrics: bool = True
+    row_scale: Tensor | None = None  # [n * B * S], an incoming gradient of each row's loss
+    lse_grad: Tensor | None = None  # [n * B * S], of each row's log-sum-exp
+
+    def check(self, weight: Tensor) -> None:
+        """Raises TypeError or ValueError for the first wrong argument among those that every loss has."""
+        device, vocab_size = weight.device, weight.shape[-2]
+        checks.check_vector("bias", self.bias, vocab_size, "V", checks.FLOAT_DTYPES, device)
+        self.options.check(vocab_size, device)
+        checks.check_int("ignore_index", self.ignore_index)
+        checks.check_positive_int("chunk_rows", self.chunk_rows)
+        checks.check_positive_int("workspace_bytes", self.workspace_bytes)
+        checks.check_grad_weight_out(self.grad_weight_out, weight)
+        checks.check_group(self.group)
+        checks.check_reduction(self.reduction)
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """``(B, S)``."""
+        return self.labels.shape[0], self.seq_len
+
+    @property
+    def rows_per_head(self) -> int:
+        """``B * S``."""
+        return self.labels.shape[0] * self.seq_len
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        """That of results, sums and the weight's gradient: float32, or float64 for float64 operands."""
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    @property
+    def divisor(self) -> float | Tensor | None:
+        """What each head's sum is divided by; None: the sum of its targets' weights."""
+        if self.reduction != "mean":
+            return 1.0
+        return None if isinstance(self.normalizer, str) else self.normalizer
+
+    def of_heads(self, heads: range) -> LossCall:
+        """The part of heads ``k`` in ``heads``, 0-based and consecutive; ``max_valid`` is left out."""
+        if len(heads) == self.n_heads:
+            return self
+        first, last = heads.start, heads.stop
+        rows = slice(first * self.rows_per_head, last * self.rows_per_head)
+        return replace(
+            self,
+            n_heads=len(heads),
+            first_shift=self.first_shift + first,
+            head_weights=None if self.head_weights is None else self.head_weights[first:last],
+            detach_weight=frozenset(k - first for k in self.detach_weight if first < k <= last),
+            max_valid=None,
+            row_scale=None if self.row_scale is None else self.row_scale[rows],
+            lse_grad=None if self.lse_grad is None else self.lse_grad[rows],
+        )
+
+    def pack(self) -> PackedCall:
+        """The call as an operator's arguments; :meth:`unpack` is the inverse, as far as an operator needs it."""
+        divisor = self.divisor
+        number = divisor if isinstance(divisor, (int, float)) else 0.0  # never 0 itself
+        return PackedCall(
+            tensors=[
+                self.labels,
+                self.document_ids,
+                self.token_weights,
+                self.options.class_weights,
+                self.bias,
+                self.head_weights,
+                divisor if isinstance(divisor, Tensor) else None,
+                self.row_scale,
+                self.lse_grad,
+            ],
+            options=[*self.options.pack(), number],
+            sizes=[
+                self.seq_len,
+                self.n_heads,
+                self.first_shift,
+                self.ignore_index,
+                self.chunk_rows or 0,
+                self.workspace_bytes or 0,
+                int(self.with_metrics),
+            ],
+            detach_weight=sorted(self.detach_weight),
+            max_valid=self.max_valid or [],
+            compute_dtype=self.compute_dtype,
+            group_name="" if self.group is None else self.group.group_name,
+        )
+
+    @staticmethod
+    def unpack(packed: PackedCall) -> LossCall:
+        """The call that :meth:`pack` took apart, without ``reduction`` and ``grad_weight_out``."""
+        labels, document_ids, token_weights, class_weights, bias, head_weights, divisor, *row_gradients = packed.tensors
+        *options, number = packed.options
+        seq_len, n_heads, first_shift, ignore_index, chunk_rows, workspace_bytes, with_metrics = packed.sizes
+        assert labels is not None
+        return LossCall(
+            labels=labels,
+            seq_len=seq_len,
+            n_heads=n_heads,
+            first_shift=first_shift,
+            compute_dtype=packed.compute_dtype,
+            options=RowOptions.unpack(options, class_weights),
+            bias=bias,
+            head_weights=head_weights,
+            document_ids=document_ids,
+            token_weights=token_weights,
+            normalizer=divisor if divisor is not None else (number or "per_head"),
+            ignore_index=ignore_index,
+            detach_weight=frozenset(packed.detach_weight),
+            max_valid=packed.max_valid or None,
+            chunk_rows=chunk_rows or None,
+            workspace_bytes=workspace_bytes or None,
+            group=_group(packed.group_name),
+            with_metrics=bool(with_metrics),
+            row_scale=row_gradients[0],
+            lse_grad=row_gradients[1],
+        )
+
+
+def _group(name: str) -> torch.distributed.ProcessGroup | None:
+    if not name:
+        return None
+    group: torch.distributed.ProcessGroup = torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+    return group

@@ -1,158 +1,161 @@
-"""The autograd Functions of the losses: operators of :mod:`mtp_ext.ops.loss.operators` with their gradients."""
+"""The losses as autograd sees them: with gradients taken in the forward, or with rows that are formed again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mtp_ext.ops.common.backend import backend_of
 from mtp_ext.ops.common.result import MultiTokenLoss
-from mtp_ext.ops.loss import operators as library
-from mtp_ext.ops.loss.arguments import LossCall, hand_out_grad_weight, scaled, wants_grad
+from mtp_ext.ops.loss import operators
+from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs
 
 
-def _bodies(*tensors: Tensor) -> Any:
-    """Where the operators are taken from: torch's library where something traces or fakes, else their plain bodies.
+def reduced_loss(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> MultiTokenLoss:
+    """The loss summed or averaged in the pass that forms its gradients."""
+    needs = Needs.of(call, weight, hidden)
+    with torch.no_grad():
+        if _is_traced(weight, *hidden):
+            outputs, grads = torch.ops.mtp_ext._multi_token_loss(list(hidden), weight, *call.pack(), needs)
+            result, gradients = MultiTokenLoss._make(outputs), operators.unpacked_gradients(grads, needs)
+        else:
+            result, gradients = operators.multi_token_loss(call, weight, hidden, needs)
+    return with_gradients(result, gradients, call, weight, hidden)
 
-    The dispatch of an operator that is written in Python costs 60 us, as much as a small loss.
+
+def with_gradients(
+    result: MultiTokenLoss, gradients: Gradients, call: LossCall, weight: Tensor, hidden: Sequence[Tensor]
+) -> MultiTokenLoss:
+    """``result``, its loss differentiable in ``weight``, ``hidden``, and the bias and head weights of ``call``."""
+    if not torch.is_grad_enabled():
+        return result
+    loss = PrecomputedGradients.apply(  # type: ignore[no-untyped-call]
+        (result.loss,),
+        (
+            gradients.weight,
+            gradients.bias,
+            None if call.head_weights is None else result.head_loss,
+            *(gradients.hidden or (None,) * len(hidden)),
+        ),
+        call.grad_weight_out,
+        weight,
+        call.bias,
+        call.head_weights,
+        *hidden,
+    )
+    return result._replace(loss=loss)
+
+
+class PrecomputedGradients(torch.autograd.Function):
+    """A loss whose gradients were taken in the forward; the backward hands them out, times the incoming one.
+
+    Each input gets its whole gradient once, from its own autograd node: hooks, DDP, FSDP2, clipping and loss scaling
+    see nothing unusual. Saved gradients are never scaled in place: a backward may run again.
+
+    Args:
+        loss: The loss alone, in a tuple, which keeps it from being an input.
+        gradients: Its gradient in each of ``inputs``, or None.
+        buffer: What the first input's gradient is added to, which then gets none.
+        inputs: The tensors, or None, that the gradients belong to.
     """
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-    return library if plain and not torch.compiler.is_compiling() else library.operators
-
-
-class MultiTokenLossFunction(torch.autograd.Function):
-    """Takes all gradients in the forward (6 N D V FLOP); the backward only hands them out, scaled."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        call: LossCall,
-        needs: dict[str, bool],
-        weight: Tensor,
-        bias: Tensor | None,
-        head_weights: Tensor | None,
-        *hidden: Tensor,
-    ) -> tuple[Tensor, ...]:
-        tensor, number = call.normalizers()
-        *result, grad_weight, grad_bias, grad_hidden = _bodies(weight, *hidden).multi_token_loss(
-            list(hidden),
-            weight,
-            bias,
-            *call.tensors(),
-            head_weights,
-            tensor,
-            normalizer=number,
-            with_metrics=call.with_metrics,
-            **call.options(),
-            **needs,
-        )
-        ctx.buffer, ctx.needs = call.row.grad_weight_out, needs
-        ctx.n_hidden, ctx.hidden_dtype = len(hidden), hidden[0].dtype
-        ctx.dtypes = [None if x is None else x.dtype for x in (weight, bias, head_weights)]
-        ctx.save_for_backward(grad_weight, grad_bias, result[1], *grad_hidden)
-        ctx.mark_non_differentiable(*result[1:])
-        return tuple(result)
+        loss: tuple[Tensor],
+        gradients: tuple[Tensor | None, ...],
+        buffer: Tensor | None,
+        *inputs: Tensor | None,
+    ) -> Tensor:
+        ctx.plan = buffer, [None if x is None else x.dtype for x in inputs]
+        ctx.save_for_backward(*gradients)
+        return loss[0]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_weight, grad_bias, head_loss, *grad_hidden = ctx.saved_tensors
-        weight_dtype, bias_dtype, head_weights_dtype = ctx.dtypes
-        return (
-            None,
-            None,
-            hand_out_grad_weight(grad_weight, grad_loss, ctx.buffer, weight_dtype)
-            if ctx.needs["need_weight"]
-            else None,
-            scaled(grad_bias, grad_loss, bias_dtype) if ctx.needs["need_bias"] else None,
-            None if head_weights_dtype is None else scaled(head_loss, grad_loss, head_weights_dtype),
-            *_or_nones([scaled(g, grad_loss, ctx.hidden_dtype) for g in grad_hidden], ctx.n_hidden),
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Without create_graph autograd has switched gradients off, and all that the guard does is cost 10 us.
+        return (_guarded_hand_out if torch.is_grad_enabled() else _hand_out)(ctx, grad)
 
 
-class RowLossesFunction(torch.autograd.Function):
+def _hand_out(ctx: Any, by: Tensor) -> tuple[Tensor | None, ...]:
+    grads, (buffer, dtypes) = ctx.saved_tensors, ctx.plan
+    if buffer is not None and grads[0] is not None:
+        torch.ops.mtp_ext._add_scaled_(buffer, grads[0], by)
+        grads = (None, *grads[1:])
+    return (None, None, None, *backend_of(by.device).scaled(grads, by, dtypes))
+
+
+_guarded_hand_out = once_differentiable(_hand_out)
+
+
+def row_losses(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> tuple[MultiTokenLoss, Tensor]:
+    """The loss by way of its rows: for reduction "none", and where the log-sum-exp is wanted.
+
+    Returns:
+        The result, its ``loss`` reduced as the call says (``[n, B, S]`` for "none"), and lse ``[n, B, S]``.
+    """
+    needs = Needs.of(call, weight, hidden)
+    losses, lse, denominators, *values = RowLosses.apply(call, needs, weight, call.bias, *hidden)  # type: ignore[no-untyped-call]
+    result = MultiTokenLoss._make(values)
+    scale = losses.new_ones(call.n_heads) if call.head_weights is None else call.head_weights.to(losses.dtype)
+    if call.reduction == "none":
+        return result._replace(loss=losses * scale.view(-1, 1, 1)), lse
+    head_loss = losses.sum((1, 2), dtype=torch.float64) / torch.where(denominators != 0, denominators, 1)
+    return result._replace(loss=(head_loss * scale).sum().to(losses.dtype)), lse
+
+
+class RowLosses(torch.autograd.Function):
     """Loss and log-sum-exp of every row; the backward forms the logits again, for any incoming gradients (8 N D V)."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: LossCall, needs: dict[str, bool], weight: Tensor, bias: Tensor | None, *hidden: Tensor
+        ctx: Any, call: LossCall, needs: Needs, weight: Tensor, bias: Tensor | None, *hidden: Tensor
     ) -> tuple[Tensor, ...]:
-        tensor, number = call.normalizers()
-        outputs: tuple[Tensor, ...] = _bodies(weight, *hidden).row_losses(
-            list(hidden),
-            weight,
-            bias,
-            *call.tensors(),
-            tensor,
-            normalizer=number,
-            with_metrics=call.with_metrics,
-            **call.options(),
-        )
+        if _is_traced(weight, *hidden):
+            *tables, result = torch.ops.mtp_ext._row_losses(list(hidden), weight, *call.pack(), needs)
+        else:
+            *tables, result = operators.row_losses(call, weight, hidden)
         ctx.call, ctx.needs = call, needs
         ctx.save_for_backward(weight, bias, *hidden)
-        ctx.mark_non_differentiable(*outputs[2:])
-        return outputs
+        ctx.mark_non_differentiable(tables[2], *result)
+        return (*tables, *result)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, *hidden = ctx.saved_tensors
         needs = ctx.needs
-        grad_weight, grad_bias, grad_hidden = _bodies(weight, *hidden).row_losses_backward(
-            hidden, weight, bias, *ctx.call.tensors(), grad_losses, grad_lse, **ctx.call.options(), **needs
+        call = replace(
+            ctx.call,
+            bias=bias,
+            head_weights=None,
+            normalizer=1.0,
+            row_scale=grad_losses.reshape(-1),
+            lse_grad=grad_lse.reshape(-1),
+            max_valid=ctx.call.max_valid,
         )
-        one = grad_losses.new_ones(())
-        buffer = ctx.call.row.grad_weight_out
+        if _is_traced(weight, *hidden):
+            outputs = torch.ops.mtp_ext._row_losses_backward(hidden, weight, *call.pack(), needs)
+            grads = operators.unpacked_gradients(outputs, needs)
+        else:
+            grads = operators.row_losses_backward(call, weight, hidden, needs)
+        if call.grad_weight_out is not None and grads.weight is not None:
+            torch.ops.mtp_ext._add_scaled_(call.grad_weight_out, grads.weight, grad_losses.new_ones(()))
+            grads = grads._replace(weight=None)
         return (
             None,
             None,
-            hand_out_grad_weight(grad_weight, one, buffer, weight.dtype) if needs["need_weight"] else None,
-            grad_bias.to(bias.dtype) if needs["need_bias"] else None,
-            *_or_nones([g.to(hidden[0].dtype) for g in grad_hidden], len(hidden)),
+            None if grads.weight is None else grads.weight.to(weight.dtype),
+            None if grads.bias is None else grads.bias.to(bias.dtype),
+            *(None if g is None else g.to(hidden[0].dtype) for g in grads.hidden or [None] * len(hidden)),
         )
 
 
-def _or_nones(grads: Sequence[Tensor], count: int) -> Sequence[Tensor | None]:
-    """The gradients, or as many times None if none were formed."""
-    return grads or [None] * count
-
-
-def needs_of(call: LossCall, weight: Tensor, hidden: tuple[Tensor, ...]) -> dict[str, bool]:
-    """Which gradients a call has to form."""
-    buffer = call.row.grad_weight_out is not None and torch.is_grad_enabled()
-    return {
-        "need_hidden": any(wants_grad(h) for h in hidden),
-        "need_weight": wants_grad(weight) or buffer,
-        "need_bias": wants_grad(call.row.bias),
-    }
-
-
-def reduced_loss(
-    call: LossCall, weight: Tensor, head_weights: Tensor | None, hidden: tuple[Tensor, ...]
-) -> MultiTokenLoss:
-    """The loss summed or averaged in the pass that forms its gradients."""
-    outputs = MultiTokenLossFunction.apply(  # type: ignore[no-untyped-call]
-        call, needs_of(call, weight, hidden), weight, call.row.bias, head_weights, *hidden
-    )
-    return MultiTokenLoss(*outputs)
-
-
-def row_losses(
-    call: LossCall, weight: Tensor, head_weights: Tensor | None, hidden: tuple[Tensor, ...]
-) -> tuple[MultiTokenLoss, Tensor]:
-    """The loss by way of its rows: for reduction "none", and where the log-sum-exp is wanted.
-
-    Returns:
-        The result, its ``loss`` reduced as the call says (``[n, B, S]`` for "none"), and lse ``[n, B, S]``.
-    """
-    losses, lse, denominator, *metrics = RowLossesFunction.apply(  # type: ignore[no-untyped-call]
-        call, needs_of(call, weight, hidden), weight, call.row.bias, *hidden
-    )
-    scale = losses.new_ones(call.n_heads) if head_weights is None else head_weights.to(losses.dtype)
-    if call.row.reduction == "none":
-        return MultiTokenLoss(losses * scale.view(-1, 1, 1), *metrics), lse
-    head_loss = losses.sum((1, 2), dtype=torch.float64) / torch.where(denominator != 0, denominator, 1)
-    return MultiTokenLoss((head_loss * scale).sum().to(losses.dtype), *metrics), lse
+def _is_traced(*tensors: Tensor) -> bool:
+    """Whether something traces or fakes the tensors: then operators of torch's library are called."""
+    return torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)

@@ -1,72 +1,64 @@
-"""The native row ops with Python types, and their shapes for tracing. Not differentiable by themselves."""
+"""The native row operators with Python types, and their shapes for tracing. Not differentiable by themselves."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class RowOptions:
-    """How one row's logits become a loss; the defaults are plain cross-entropy. See ``csrc/core/row_loss.h``."""
-
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float = 0.0  # 0: none
-    logit_scale: float = 1.0
+from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.result import RowTables
+from mtp_ext.ops.loss.arguments import LossCall
 
 
-@dataclass(frozen=True)
-class RowTargets:
-    """Where the rows' targets are: row ``(k, b, s)`` predicts ``labels[b, s + first_shift + k]``."""
+def prepared(call: LossCall) -> LossCall:
+    """``call`` with its tensors in the layouts and dtypes that the kernels read; cheap where they have them already."""
+    acc, normalizer = call.acc_dtype, call.normalizer
+    changes: dict[str, Any] = {
+        "labels": call.labels if call.labels.stride(-1) == 1 else call.labels.contiguous(),
+        "document_ids": None if call.document_ids is None else call.document_ids.contiguous(),
+        "token_weights": _as(call.token_weights, torch.float32),
+        "head_weights": _as(call.head_weights, torch.float64),
+        "normalizer": _as(normalizer, torch.float64) if isinstance(normalizer, Tensor) else normalizer,
+        "bias": _as(call.bias, acc),
+        "row_scale": _as(call.row_scale, acc),
+        "lse_grad": _as(call.lse_grad, acc),
+    }
+    if call.options.class_weights is not None:
+        class_weights = _as(call.options.class_weights, torch.float32)
+        changes["options"] = replace(call.options, class_weights=class_weights)
+    changes = {name: x for name, x in changes.items() if x is not getattr(call, name)}
+    return replace(call, **changes) if changes else call
 
-    labels: Tensor  # [B, label_len] int32 or int64, unit stride
-    document_ids: Tensor | None  # [B, label_len]
-    token_weights: Tensor | None  # [B, label_len] float32, contiguous
-    seq_len: int
-    first_shift: int
 
-    @staticmethod
-    def of(
-        labels: Tensor, document_ids: Tensor | None, token_weights: Tensor | None, seq_len: int, first_shift: int
-    ) -> RowTargets:
-        """From tensors of any layout and dtype that the losses take."""
-        return RowTargets(
-            labels if labels.stride(-1) == 1 or labels.shape[-1] <= 1 else labels.contiguous(),
-            None if document_ids is None else document_ids.contiguous(),
-            None if token_weights is None else token_weights.detach().float().contiguous(),
-            seq_len,
-            first_shift,
+def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.detach().to(dtype).contiguous()
+
+
+class SelectedRows(NamedTuple):
+    """The rows that carry a target."""
+
+    rows: Tensor  # [n * B * S] int64: the flat indices of those that count, ascending, then -1
+    counts: Tensor  # [n] int64
+    first_invalid: Tensor  # [1] int64: the flat index into labels of a target outside [0, vocab_size), or -1
+
+
+def select_rows(call: LossCall, vocab_size: int) -> SelectedRows:
+    """The rows of a prepared call that carry a target, on its device."""
+    return SelectedRows._make(
+        torch.ops.mtp_ext._select_rows(
+            call.labels,
+            call.document_ids,
+            call.token_weights,
+            call.n_heads,
+            call.seq_len,
+            call.first_shift,
+            call.ignore_index,
+            vocab_size,
         )
-
-    @property
-    def rows_per_head(self) -> int:
-        return self.labels.shape[0] * self.seq_len
-
-
-def select_rows(
-    targets: RowTargets, n_heads: int, *, ignore_index: int, vocab_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows that carry a target.
-
-    Returns:
-        ``rows`` ``[n * B * S]`` int64 (the flat indices of those that count, ascending, then -1), ``counts``
-        ``[n]`` int64, and ``first_invalid`` ``[1]`` int64: the flat index into ``labels`` of a target outside
-        ``[0, vocab_size)``, or -1.
-    """
-    selected: tuple[Tensor, Tensor, Tensor] = torch.ops.mtp_ext._select_rows(
-        targets.labels,
-        targets.document_ids,
-        targets.token_weights,
-        n_heads,
-        targets.seq_len,
-        targets.first_shift,
-        ignore_index,
-        vocab_size,
     )
-    return selected
 
 
 @torch.library.register_fake("mtp_ext::_select_rows")  # type: ignore[untyped-decorator]
@@ -86,26 +78,12 @@ def _(
     return empty(num_heads * labels.shape[0] * seq_len), empty(num_heads), empty(1)
 
 
-@dataclass(frozen=True)
-class RowTables:
-    """Per-row outputs over all flat rows ``[n * B * S]``; rows that do not count keep 0, 0 and -1."""
-
-    loss: Tensor  # float32 (float64 for float64 logits), without the row's weight
-    lse: Tensor
-    predicted: Tensor  # int32, the argmax
-
-    @staticmethod
-    def zeros(n_rows: int, dtype: torch.dtype, device: torch.device) -> RowTables:
-        loss = torch.zeros(n_rows, dtype=dtype, device=device)
-        return RowTables(loss, torch.zeros_like(loss), torch.full((n_rows,), -1, dtype=torch.int32, device=device))
-
-
 ROW_STATISTICS = 6  # max, sum_others, target_logit, target_class_weight, weighted_sum, argmax (core/row_loss.h)
 
 
 @dataclass(frozen=True)
 class RowShard:
-    """The two-stage form of a chunk whose vocabulary is sharded: see ``Stage`` in ``csrc/cpu/loss_rows.h``."""
+    """The two-stage form of a chunk whose vocabulary is sharded: see ``Stage`` in ``csrc/core/loss_rows_params.h``."""
 
     vocab_start: int
     total_vocab: int
@@ -113,20 +91,22 @@ class RowShard:
     local_max: Tensor  # [R] float64
 
 
+@dataclass(frozen=True)
+class RowScales:
+    """What weighs the gradient of a row."""
+
+    heads: Tensor  # [n], the weight of each head's rows
+    class_weight_sum: float = 0.0  # over the whole vocabulary; its size where there are no class weights
+    class_weight_total: Tensor | None = None  # [1] float32, the same sum where the host would have to wait for it
+
+
 def loss_rows_(
     logits: Tensor,
     rows: Tensor,
-    targets: RowTargets,
+    call: LossCall,
+    scales: RowScales,
     tables: RowTables,
     *,
-    head_scale: Tensor,
-    options: RowOptions,
-    row_scale: Tensor | None = None,
-    lse_grad: Tensor | None = None,
-    class_weights: Tensor | None = None,
-    class_weight_sum: float = 0.0,
-    class_weight_total: Tensor | None = None,
-    bias: Tensor | None = None,
     write_gradient: bool,
     stage: str = "whole",
     shard: RowShard | None = None,
@@ -135,34 +115,36 @@ def loss_rows_(
 
     Without ``write_gradient`` the logits are scratch and left undefined. Shapes are those of ``csrc/cpu/loss_rows.h``.
     With a ``shard``, stage ``"statistics"`` and then ``"gradient"``; else ``"whole"``.
+
+    Args:
+        call: Prepared (:func:`prepared`).
     """
-    torch.ops.mtp_ext._loss_rows_(
+    options = call.options
+    backend_of(logits.device).loss_rows_(
         logits,
         rows,
-        targets.labels,
-        head_scale,
-        row_scale,
-        lse_grad,
-        targets.token_weights,
-        class_weights,
-        bias,
-        targets.seq_len,
-        targets.first_shift,
-        options.label_smoothing,
-        options.z_loss,
-        class_weight_sum,
-        options.softcap,
-        options.logit_scale,
+        call.labels,
+        [
+            scales.heads,
+            call.row_scale,
+            call.lse_grad,
+            call.token_weights,
+            options.class_weights,
+            call.bias,
+            scales.class_weight_total,
+        ],
+        options.pack(),
+        scales.class_weight_sum,
+        [
+            call.seq_len,
+            call.first_shift,
+            0 if shard is None else shard.vocab_start,
+            logits.shape[1] if shard is None else shard.total_vocab,
+        ],
         write_gradient,
-        tables.loss,
-        tables.lse,
-        tables.predicted,
+        list(tables),
         stage,
-        0 if shard is None else shard.vocab_start,
-        None if shard is None else shard.total_vocab,
-        None if shard is None else shard.statistics,
-        None if shard is None else shard.local_max,
-        class_weight_total,
+        [] if shard is None else [shard.statistics, shard.local_max],
     )
 
 

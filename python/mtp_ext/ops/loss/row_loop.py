@@ -1,149 +1,208 @@
 """The row-chunk loop: logits of a few rows, their loss, their gradient in place, and the products with it.
 
-Every GEMM of the loss is here, three per chunk (6 N D V FLOP in all). Nothing of size ``N x V`` is ever held.
+Every GEMM of the loss is here, three per chunk (6 N D V FLOP in all). Nothing of size ``N x V`` is ever held. It serves
+GPUs, where counting rows would synchronise, and sharded vocabularies, whose ranks meet after every chunk; the CPU's
+native call (:mod:`mtp_ext.ops.loss.native_cpu`) is this loop in C++.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.common.workspace import empty, workspace
-from mtp_ext.ops.loss.chunk_gemms import ChunkGemms, chunk_size
-from mtp_ext.ops.loss.device_rows import add_column_sum, copy_valid_rows, counts_stay_on, padded_columns
-from mtp_ext.ops.loss.row_kernels import RowOptions, RowTables, RowTargets, loss_rows_
-from mtp_ext.ops.loss.row_selection import RowSelection
+from mtp_ext.ops.common import checks
+from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.result import RowTables
+from mtp_ext.ops.common.workspace import empty
+from mtp_ext.ops.loss.arguments import LossCall, Needs, WeightSums, saved_grad_dtype
+from mtp_ext.ops.loss.chunk_gemms import ChunkGemms
+from mtp_ext.ops.loss.chunk_size import chunk_size
+from mtp_ext.ops.loss.head_terms import HeadTerms
+from mtp_ext.ops.loss.row_kernels import loss_rows_, prepared, select_rows
+from mtp_ext.ops.loss.row_selection import RowSelection, copy_valid_rows
 from mtp_ext.ops.loss.vocabulary_shard import VocabularyShard
 
 
 @dataclass
-class Gradients:
-    """Where the loop writes gradients; None where none is needed."""
+class _ChunkGradients:
+    """Where the chunks write gradients; None, or an empty mapping, where none is needed."""
 
-    hidden: Sequence[Tensor | None]  # n times [B * S, D], zeros at rows that do not count
-    weight: Tensor | None = None  # [V, D] float32 or float64
-    weight_is_empty: bool = False  # weight is uninitialised: the first chunk writes it instead of adding
-    bias: Tensor | None = None  # [V], zeros or a running sum
+    hidden: Mapping[int, Tensor]  # by head, [B * S, D], zeros at rows that do not count
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V], a running sum
+    accumulate: bool  # add to weight instead of overwriting it
+
+    @property
+    def needed(self) -> bool:
+        """Whether any is."""
+        return bool(self.hidden) or self.weight is not None or self.bias is not None
 
 
-@dataclass
 class RowLoop:
-    """One loss over selected rows; ``run`` may be called for any range of them, in any order."""
+    """The loss of the rows of ``n`` heads; :meth:`run` may be called for any heads, each once, in any order.
 
-    targets: RowTargets
-    selection: RowSelection
-    options: RowOptions
-    head_scale: Tensor  # [n], the gradient weight of each head's rows
-    tables: RowTables
-    class_weights: Tensor | None = None
-    class_weight_sum: float = 0.0
-    class_weight_total: Tensor | None = None  # [1] float32, in place of class_weight_sum where no host may wait
-    bias: Tensor | None = None
-    row_scale: Tensor | None = None  # [n * B * S], incoming gradient per row
-    lse_grad: Tensor | None = None
-    shard: VocabularyShard | None = None
-    chunk_rows: int | None = None
-    workspace_bytes: int | None = None
-    _buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    Args:
+        call: The call.
+        weight: ``[V, D]`` or ``[n, V, D]``; its group remembers it by identity.
+        needs: Which gradients to form.
+    Raises:
+        ValueError: A target outside ``[0, V)`` that is not ``ignore_index``, or more than ``max_valid``, where values
+            are seen.
+    """
 
-    def run(
-        self, begin: int, end: int, hidden: Sequence[Tensor | None], gemms: ChunkGemms, out: Gradients | None
-    ) -> None:
-        """Processes ``selection.rows[begin:end]``.
+    def __init__(self, call: LossCall, weight: Tensor, needs: Needs) -> None:
+        self.call, self.weight, self.needs = prepared(call), weight.detach(), needs
+        call, device = self.call, weight.device
+        self.shard = None if call.group is None else VocabularyShard.of(weight, call.group)
+        vocab_size = weight.shape[-2] if self.shard is None else self.shard.total
+        selected = select_rows(call, vocab_size)
+        checks.check_targets_in_range(call.labels, selected.first_invalid, vocab_size, call.ignore_index)
+        checks.check_max_valid(selected.counts, call.max_valid)
+        self.n_valid = selected.counts
+        self.selection = RowSelection.of(selected, call)
+        self.terms = HeadTerms.of(call, self.selection, selected.counts, vocab_size, self.shard)
+        self._tables = RowTables.zeros(call.n_heads, *call.row_shape, dtype=call.acc_dtype, device=device)
+        self._buffers: dict[str, Tensor] = {}
+        self._gemms: dict[int, ChunkGemms] = {}
+
+    @property
+    def denominators(self) -> Tensor:
+        """``[n]``, what each head's sum is divided by."""
+        return self.terms.denominators
+
+    def row_tables(self) -> RowTables:
+        """What the rows of the heads so far left behind, ``[n, B, S]``; losses times their token weights."""
+        losses = self.terms.weighted(self._tables.loss.flatten())
+        return self._tables._replace(loss=losses.view(self._tables.loss.shape))
+
+    def run(self, heads: range, hidden: Sequence[Tensor], sums: WeightSums) -> Sequence[Tensor | None]:
+        """Processes the rows of ``heads``.
 
         Args:
-            begin, end: Range of selected rows.
-            hidden: Per head ``[B * S, D]`` (None for heads outside the range).
-            gemms: The unembedding of these rows.
-            out: Gradients to write, or None for the loss alone.
+            heads: 0-based and consecutive.
+            hidden: Each of their ``[..., D]`` with ``B * S`` rows, or one tensor with the rows of all.
+            sums: The gradients of weight and bias, those of a replicated weight for these heads.
+        Returns:
+            The gradients of ``hidden``, in its form.
         """
+        grads = [empty(h.shape, saved_grad_dtype(h), h.device) for h in hidden] if self.needs.hidden else []
+        rows = dict(zip(heads, self._rows_of_heads(len(heads), [h.detach() for h in hidden]), strict=True))
+        grad_rows = dict(zip(heads, self._rows_of_heads(len(heads), grads), strict=False))
+        for k, grad in grad_rows.items():
+            if self.selection.count(k) < self.selection.rows_per_head:
+                grad.zero_()
+        written = sums.accumulate
+        for part in self._ranges(heads):
+            grad_weight = sums.weight
+            if grad_weight is not None and grad_weight.dim() == 3:
+                grad_weight, written = grad_weight[part.start - heads.start], False
+            out = _ChunkGradients(grad_rows, grad_weight, sums.bias, accumulate=written)
+            if part.start + 1 in self.call.detach_weight:
+                out.weight = None
+            self._run_range(part, rows, out)
+            written = written or out.accumulate
+            if grad_weight is not None and sums.weight is not grad_weight and not written:
+                grad_weight.zero_()
+        if sums.weight is not None and self.weight.dim() == 2 and not written:
+            sums.weight.zero_()
+        return grads
+
+    def _rows_of_heads(self, n_heads: int, given: Sequence[Tensor]) -> list[Tensor]:
+        """``[B * S, D]`` of each head, of as many tensors, or of one with the rows of all."""
+        if len(given) == n_heads:
+            return [x.reshape(-1, x.shape[-1]) for x in given]
+        return [part for x in given for part in x.reshape(n_heads, -1, x.shape[-1]).unbind(0)]
+
+    def _ranges(self, heads: range) -> list[range]:
+        """Runs of heads whose rows may share a chunk: one unembedding, and the same answer to detach_weight."""
+        if self.weight.dim() == 3:
+            return [range(k, k + 1) for k in heads]
+        detached = self.call.detach_weight
+        starts = [k for k in heads if k == heads.start or (k + 1 in detached) != (k in detached)]
+        return [range(a, b) for a, b in itertools.pairwise([*starts, heads.stop])]
+
+    def _run_range(self, heads: range, hidden: Mapping[int, Tensor], out: _ChunkGradients) -> None:
+        begin, end = self.selection.offsets[heads.start], self.selection.offsets[heads.stop]
         if begin == end:
             return
-        vocab_size, dtype = gemms.weight.shape[0], gemms.logits_dtype
+        gemms = self._gemms_of(heads.start if self.weight.dim() == 3 else 0)
+        vocab_size, dtype, device = gemms.weight.shape[0], gemms.logits_dtype, self.weight.device
+        backend = backend_of(device)
         size = chunk_size(
             end - begin,
             vocab_size if self.shard is None else self.shard.largest,
             dtype.itemsize,
-            chunk_rows=self.chunk_rows,
-            workspace_bytes=self.workspace_bytes,
-            gpu_width=gemms.weight.shape[1] if counts_stay_on(gemms.weight.device) else None,
+            chunk_rows=self.call.chunk_rows,
+            workspace_bytes=self.call.workspace_bytes,
+            gpu_width=None if backend.sees_values else gemms.weight.shape[1],
         )
-        columns = padded_columns(vocab_size, dtype.itemsize, self.targets.labels.device)
-        with workspace((size, columns), dtype, self.targets.labels.device) as logits:
-            for low in range(begin, end, size):
-                self._chunk(low, min(low + size, end), logits[:, :vocab_size], hidden, gemms, out)
+        logits = empty((size, backend.row_stride(vocab_size, dtype.itemsize)), dtype, device)[:, :vocab_size]
+        for low in range(begin, end, size):
+            self._chunk(low, min(low + size, end), logits, hidden, gemms, out)
+
+    def _gemms_of(self, k: int) -> ChunkGemms:
+        """The products with head ``k``'s unembedding; those of a shared one are kept."""
+        if k not in self._gemms:
+            made = ChunkGemms(
+                self.weight[k] if self.weight.dim() == 3 else self.weight,
+                self.call.compute_dtype,
+                full_precision_logits=self.shard is not None,
+                gradient_scale=self.terms.gradient_scale,
+            )
+            self._gemms = {k: made}
+        return self._gemms[k]
 
     def _chunk(
         self,
         low: int,
         high: int,
         logits: Tensor,
-        hidden: Sequence[Tensor | None],
+        hidden: Mapping[int, Tensor],
         gemms: ChunkGemms,
-        out: Gradients | None,
+        out: _ChunkGradients,
     ) -> None:
-        rows = self.selection.rows[low:high]
         h = self._gather(low, high, hidden, gemms)
         z = gemms.logits(h, logits[: high - low])
-        self._loss(z, rows, write_gradient=out is not None)
-        if out is not None:
+        self._loss(z, self.selection.rows[low:high], write_gradient=out.needed)
+        if out.needed:
             self._products(low, high, z, h, gemms, out)
 
     def _loss(self, z: Tensor, rows: Tensor, *, write_gradient: bool) -> None:
-        row_pass = partial(
-            loss_rows_,
-            z,
-            rows,
-            self.targets,
-            self.tables,
-            head_scale=self.head_scale,
-            options=self.options,
-            row_scale=self.row_scale,
-            lse_grad=self.lse_grad,
-            class_weights=self.class_weights,
-            class_weight_sum=self.class_weight_sum,
-            class_weight_total=self.class_weight_total,
-            bias=self.bias,
-            write_gradient=write_gradient,
-        )
+        arguments = (z, rows, self.call, self.terms.scales, self._tables)
         if self.shard is None:
-            row_pass()
-            return
+            return loss_rows_(*arguments, write_gradient=write_gradient)
         stage = self.shard.stage(len(rows), z.device)
-        row_pass(stage="statistics", shard=stage)
+        loss_rows_(*arguments, write_gradient=write_gradient, stage="statistics", shard=stage)
         self.shard.combine_(stage.statistics)
-        row_pass(stage="gradient", shard=stage)
+        loss_rows_(*arguments, write_gradient=write_gradient, stage="gradient", shard=stage)
 
-    def _products(self, low: int, high: int, z: Tensor, h: Tensor, gemms: ChunkGemms, out: Gradients) -> None:
-        need_hidden = any(g is not None for g in out.hidden)
+    def _products(self, low: int, high: int, z: Tensor, h: Tensor, gemms: ChunkGemms, out: _ChunkGradients) -> None:
         pending: torch.distributed.Work | None = None
-        if need_hidden:
+        if out.hidden:
             grad, in_place = self._grad_hidden(low, high, z, gemms, out.hidden)
             if self.shard is not None:
                 pending = self.shard.sum_async_(grad)  # overlaps with the weight's product below
         if out.weight is not None:
-            gemms.add_grad_weight(z, h, out.weight, accumulate=not out.weight_is_empty)
-            out.weight_is_empty = False
+            gemms.add_grad_weight(z, h, out.weight, accumulate=out.accumulate)
+            out.accumulate = True
         if out.bias is not None:
-            add_column_sum(z, out.bias, gemms.gradient_unscale)
-        if need_hidden:
+            gemms.add_grad_bias(z, out.bias)
+        if out.hidden:
             if pending is not None:
                 pending.wait()
             if not in_place:
                 self._scatter(low, high, grad, out.hidden)
 
-    def _gather(self, low: int, high: int, hidden: Sequence[Tensor | None], gemms: ChunkGemms) -> Tensor:
+    def _gather(self, low: int, high: int, hidden: Mapping[int, Tensor], gemms: ChunkGemms) -> Tensor:
         """The chunk's rows as a GEMM operand ``[C, D]``; a view where they are consecutive and need no conversion."""
-        dtype = gemms.logits_dtype
+        dtype, valid = gemms.logits_dtype, self.selection.valid
         buffer: Tensor | None = None
         for head, where, index in self.selection.pieces(low, high):
             source = hidden[head]
-            assert source is not None, "a head in the range has no hidden rows"
-            valid = self.selection.valid
             if isinstance(index, slice) and where == slice(0, high - low) and source.dtype == dtype and valid is None:
                 return source[index]
             if buffer is None:
@@ -157,22 +216,20 @@ class RowLoop:
         return buffer
 
     def _grad_hidden(
-        self, low: int, high: int, z: Tensor, gemms: ChunkGemms, grads: Sequence[Tensor | None]
+        self, low: int, high: int, z: Tensor, gemms: ChunkGemms, grads: Mapping[int, Tensor]
     ) -> tuple[Tensor, bool]:
         """The chunk's gradient ``[C, D]``, and whether it was written straight to where it belongs."""
         pieces = list(self.selection.pieces(low, high))
         head, _, index = pieces[0]
         target = grads[head]
-        if len(pieces) == 1 and target is not None and isinstance(index, slice) and target.dtype == gemms.product_dtype:
+        if len(pieces) == 1 and isinstance(index, slice) and target.dtype == gemms.product_dtype:
             return gemms.grad_hidden(z, target[index]), True
         buffer = self._buffer("grad_hidden", (high - low, gemms.weight.shape[1]), gemms.product_dtype)
         return gemms.grad_hidden(z, buffer), False
 
-    def _scatter(self, low: int, high: int, grad: Tensor, grads: Sequence[Tensor | None]) -> None:
+    def _scatter(self, low: int, high: int, grad: Tensor, grads: Mapping[int, Tensor]) -> None:
         for head, where, index in self.selection.pieces(low, high):
             target = grads[head]
-            if target is None:
-                continue
             if isinstance(index, slice):
                 target[index] = grad[where].to(target.dtype)
             else:
@@ -182,6 +239,6 @@ class RowLoop:
         """Memory that the chunks share; grown where a later range has larger chunks."""
         held = self._buffers.get(name)
         if held is None or held.shape[0] < shape[0] or held.dtype != dtype or held.shape[1] != shape[1]:
-            held = empty(shape, dtype, self.targets.labels.device)
+            held = empty(shape, dtype, self.weight.device)
             self._buffers[name] = held
         return held[: shape[0]]

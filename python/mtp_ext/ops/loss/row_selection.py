@@ -1,8 +1,9 @@
-"""Which rows of the heads are multiplied with the unembedding: those that carry a target, as far as the host knows.
+"""Which rows of the heads are multiplied with the unembedding.
 
-On the CPU they are counted first. On a GPU their number stays on the device, where no host waits for it; what the host
-does know bounds it: the length of the labels, and what the caller says (``max_valid``). So many rows of each head take
-part, those with a target first, and rows without one among them are marked.
+The CPU counts the rows that carry a target. A GPU would have to synchronise to count them, so a host-side upper bound
+(label length, ``max_valid``) is used: that many rows per head are processed, those with a target first, and rows
+without one among them are marked -1. The row kernel turns the logits of a marked row into zeros; its hidden states are
+replaced by zeros on the way (:func:`copy_valid_rows`), so that what it holds, NaN included, reaches no product.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.loss.device_rows import counts_stay_on, mark_rows, valid_rows_first
-from mtp_ext.ops.loss.row_kernels import RowTargets
+from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.loss.arguments import LossCall
+from mtp_ext.ops.loss.row_kernels import SelectedRows
 
-# To move rows together costs a pass over the gradient of the hidden states, 0.5 % of the GEMMs at V = 32k: not worth
-# it for fewer than one row in so many.
+# Compaction costs one pass over the gradient of the hidden states, 0.5 % of the GEMMs at V = 32k; skip it unless at
+# least 1/64 of the rows drop out.
 WORTHWHILE_SHARE = 64
 
 
@@ -32,26 +34,25 @@ class RowSelection:
     valid: Tensor | None = None  # [offsets[-1]] bool, whether a row is not marked; None: none is
 
     @staticmethod
-    def of(selected: Tensor, n_valid: Tensor, rows_per_head: int, limits: Sequence[int]) -> RowSelection:
-        """From the results of :func:`mtp_ext.ops.loss.row_kernels.select_rows`.
-
-        Args:
-            selected: ``[n * B * S]``, the rows that carry a target, then -1.
-            n_valid: ``[n]``, how many there are of each head.
-            rows_per_head: ``B * S``.
-            limits: How many there are at most, of each head (:func:`most_rows`); used where counts stay on the device.
-        """
-        if not counts_stay_on(selected.device):
-            offsets = _offsets(n_valid.tolist())
-            rows = selected[: offsets[-1]]
+    def of(selected: SelectedRows, call: LossCall) -> RowSelection:
+        """The rows to multiply for a call, from :func:`mtp_ext.ops.loss.row_kernels.select_rows`."""
+        rows_per_head = call.rows_per_head
+        if backend_of(selected.rows.device).sees_values:
+            offsets = _offsets(selected.counts.tolist())
+            rows = selected.rows[: offsets[-1]]
             return RowSelection(rows, offsets, rows_per_head, rows)
-        rows, valid = mark_rows(selected)
+        limits = most_rows(call)
+        rows, valid = mark_rows(selected.rows)
         n_rows = len(rows)
         if WORTHWHILE_SHARE * (n_rows - sum(limits)) < n_rows or n_rows == 0:
             limits = [rows_per_head] * len(limits)
             return RowSelection(rows, _offsets(limits), rows_per_head, torch.arange(n_rows, device=rows.device), valid)
         flat, valid = valid_rows_first(valid.view(len(limits), rows_per_head), limits)
         return RowSelection(torch.where(valid, flat, -1), _offsets(limits), rows_per_head, flat, valid)
+
+    def count(self, head: int) -> int:
+        """How many rows of a head, 0-based, take part."""
+        return self.offsets[head + 1] - self.offsets[head]
 
     def pieces(self, begin: int, end: int) -> Iterator[tuple[int, slice, slice | Tensor]]:
         """Splits ``rows[begin:end]`` by head: ``(head, where in the chunk, which of the head's B * S rows)``."""
@@ -73,17 +74,58 @@ class RowSelection:
         return torch.stack(parts)
 
 
-def most_rows(targets: RowTargets, n_heads: int, max_valid: Sequence[int] | None) -> list[int]:
-    """How many rows of each head can carry a target: the labels end somewhere, and the caller may know more.
+def most_rows(call: LossCall) -> list[int]:
+    """How many rows of each head can carry a target: the labels end somewhere, and the caller may know more."""
+    batch, label_len = call.labels.shape
+    within = [batch * min(call.seq_len, max(0, label_len - call.first_shift - k)) for k in range(call.n_heads)]
+    return within if call.max_valid is None else [min(a, b) for a, b in zip(within, call.max_valid, strict=True)]
+
+
+def mark_rows(selected: Tensor) -> tuple[Tensor, Tensor]:
+    """From the compacted rows that count to a mark for every row.
 
     Args:
-        targets: The labels.
-        n_heads: ``n``.
-        max_valid: The caller's bound for each head.
+        selected: ``[M]`` int64, the flat indices of the rows that count, then -1.
+    Returns:
+        ``rows`` ``[M]``, each its own index or -1, and ``valid`` ``[M]`` bool.
     """
-    batch, label_len = targets.labels.shape
-    within = [batch * min(targets.seq_len, max(0, label_len - targets.first_shift - k)) for k in range(n_heads)]
-    return within if max_valid is None else [min(a, b) for a, b in zip(within, max_valid, strict=True)]
+    n_rows = selected.shape[0]
+    valid = torch.zeros(n_rows + 1, dtype=torch.bool, device=selected.device)  # a last entry for every -1
+    valid.index_fill_(0, torch.where(selected < 0, n_rows, selected), True)
+    valid = valid[:n_rows]
+    return torch.where(valid, torch.arange(n_rows, device=selected.device), -1), valid
+
+
+def valid_rows_first(valid: Tensor, limits: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The first ``limits[k]`` rows of each head, were those that count moved to the front.
+
+    Args:
+        valid: ``[n, R]`` bool, which rows count.
+        limits: ``n`` numbers of at most ``R``. A head that may use all rows keeps their order.
+    Returns:
+        ``flat`` ``[sum(limits)]`` int64, indices into ``n * R`` rows, each once, and whether those count, bool.
+    """
+    n_rows = valid.shape[1]
+    position = torch.arange(n_rows, device=valid.device)
+    up_to_here = valid.cumsum(1)
+    counts = up_to_here[:, -1:]
+    slots = torch.where(valid, up_to_here - 1, counts + position - up_to_here)
+    order = torch.empty_like(slots).scatter_(1, slots, position.expand_as(slots))
+    flat, found = [], []
+    for k, limit in enumerate(limits):
+        moves = limit < n_rows
+        flat.append((order[k, :limit] if moves else position) + k * n_rows)
+        found.append(position[:limit] < counts[k] if moves else valid[k])
+    return torch.cat(flat), torch.cat(found)
+
+
+def copy_valid_rows(source: Tensor, valid: Tensor, out: Tensor) -> None:
+    """``out[i] = source[i]`` where ``valid[i]``, else 0: ``[C, D]``, ``[C]``, ``[C, D]``."""
+    keep, zero = valid[:, None], source.new_zeros(())
+    if source.dtype == out.dtype:
+        torch.where(keep, source, zero, out=out)
+    else:
+        out.copy_(torch.where(keep, source, zero))
 
 
 def _offsets(counts: Sequence[int]) -> list[int]:

@@ -1,0 +1,141 @@
+"""``n`` targets on one row of logits: the loss of heads that all give the same output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mtp_ext.ops import reference
+from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.checks import check_targets_in_range
+from mtp_ext.ops.common.result import MultiTokenLoss, RowTables, head_metrics
+from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
+from mtp_ext.ops.loss.arguments import LossCall, Needs
+from mtp_ext.ops.loss.head_terms import head_weights
+from mtp_ext.ops.loss.options import RowOptions
+from mtp_ext.ops.loss.row_kernels import prepared, select_rows
+
+
+class OneRowLoss:
+    """``n`` targets on one row of logits: one product with the unembedding where ``n`` heads would take ``n``.
+
+    ``sum_k a_k (lse - z[target_k])`` with ``a_k`` the weight of head ``k``'s target: the log-sum-exp with its gradient
+    ``(sum_k a_k) softmax`` comes from the fused loss, the targets' logits are ``n`` products of vectors a row.
+
+    Args:
+        call: The call of all heads; :meth:`takes` says whether it can be.
+        weight: ``[V, D]``.
+        needs: Which gradients to form.
+        active: The heads whose targets count.
+    """
+
+    def __init__(self, call: LossCall, weight: Tensor, needs: Needs, active: frozenset[int]) -> None:
+        self.heads = frozenset({min(active)})
+        self._call, self._active, self._weight = call, active, weight.detach()
+        selected = select_rows(prepared(call), weight.shape[0])
+        check_targets_in_range(call.labels, selected.first_invalid, weight.shape[0], call.ignore_index)
+        self._n_valid = selected.counts
+        heads, device = range(1, call.n_heads + 1), call.labels.device
+        every = [
+            reference.shifted_targets(call.labels, k, call.seq_len, call.document_ids, call.ignore_index) for k in heads
+        ]
+        self._targets = torch.stack(every).long()  # [n, B, S]
+        denominators = self._denominators()
+        positive = denominators != 0  # a head without targets has loss 0
+        ran = backend_of(device).constants([k in active for k in heads], torch.bool, device)
+        self._counts = (self._targets != call.ignore_index) & (ran & positive)[:, None, None]
+        self._divisors = denominators.where(positive, 1)
+        self._scale = (head_weights(call) / self._divisors)[:, None, None] * self._counts  # [n, B, S], a_k
+        self._head_loss = torch.zeros(call.n_heads, dtype=call.acc_dtype, device=device)
+        self._accumulator = HeadLossAccumulator(self._of_lse(), self._weight, needs)
+
+    @staticmethod
+    def takes(call: LossCall) -> bool:
+        """Whether each target's loss is ``lse - z[target]`` of (capped) logits, and all targets weigh alike."""
+        return call.options == RowOptions(softcap=call.options.softcap) and call.token_weights is None
+
+    def _denominators(self) -> Tensor:
+        call, divisor = self._call, self._call.divisor
+        counts = self._n_valid.to(call.acc_dtype)
+        if divisor is None:
+            return counts
+        return divisor.to(counts).expand_as(counts) if isinstance(divisor, Tensor) else torch.full_like(counts, divisor)
+
+    def _of_lse(self) -> LossCall:
+        """The call whose loss is 0, and whose log-sum-exp has the gradient ``sum_k a_k``."""
+        call = self._call
+        weights = torch.zeros(1, dtype=call.acc_dtype, device=call.labels.device)
+        return replace(
+            call,
+            labels=self._any_target(),
+            n_heads=1,
+            document_ids=None,
+            head_weights=weights,
+            normalizer=1.0,
+            max_valid=None,
+            lse_grad=self._scale.sum(0).flatten(),
+        )
+
+    def _any_target(self) -> Tensor:
+        """``[B, S + 1]``: as labels, a row's first target, or none."""
+        ignored = self._call.ignore_index
+        first = self._counts.to(torch.int8).argmax(0, keepdim=True)
+        some = self._targets.gather(0, first)[0].where(self._counts.any(0), ignored)
+        return torch.cat([torch.full_like(some[:, :1], ignored), some], dim=1)
+
+    @property
+    def grad_weight(self) -> Tensor | None:
+        return self._accumulator.grad_weight
+
+    def add(self, hidden: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
+        """Adds the one output that stands for all heads."""
+        ((head, rows),) = hidden.items()
+        rows = rows.detach()
+        grad = self._accumulator.add({1: rows})[1]
+        lse = self._accumulator.row_tables().lse[0]
+        rows = rows.to(self._call.compute_dtype).to(lse.dtype)
+        for k in sorted(self._active):
+            self._add_target(k, rows, lse, grad)
+        return {head: grad}
+
+    def _add_target(self, k: int, rows: Tensor, lse: Tensor, grad: Tensor | None) -> None:
+        """Adds the logits of head ``k``'s targets to its loss and to the gradients.
+
+        Args:
+            rows: ``[B, S, D]``, rounded to the compute dtype.
+            lse: ``[B, S]``.
+            grad: ``[B, S, D]``, of ``rows``.
+        """
+        counts, weight, softcap = self._counts[k - 1], self._weight, self._call.options.softcap
+        wanted = self._targets[k - 1].where(counts, 0)
+        index = wanted.clamp(0, len(weight) - 1)
+        vectors = weight[index].to(self._call.compute_dtype).to(lse.dtype)  # [B, S, D]
+        # On a GPU nobody has looked whether a target is a class; one that is not makes the loss NaN.
+        logits = (rows * vectors).sum(-1).where(wanted == index, float("nan"))
+        slope = -self._scale[k - 1]
+        if softcap is not None:
+            capped = torch.tanh(logits / softcap)
+            logits, slope = softcap * capped, slope * (1 - capped * capped)
+        # where, not a product: what is not finite in a row without a target must not count.
+        self._head_loss[k - 1] = (lse - logits).where(counts, 0).sum() / self._divisors[k - 1]
+        slope = slope.where(counts, 0)[..., None]
+        if grad is not None:
+            grad.add_((vectors * slope).where(counts[..., None], 0).to(grad.dtype))
+        grad_weight = self.grad_weight
+        if grad_weight is not None:
+            terms = (rows * slope).where(counts[..., None], 0)
+            grad_weight.index_add_(0, index.flatten(), terms.flatten(0, 1).to(grad_weight.dtype))
+
+    def result(self) -> MultiTokenLoss:
+        """Loss and metrics, once the output has been added."""
+        call = self._call
+        tables = RowTables._make(
+            table.expand(call.n_heads, -1, -1).where(self._counts, nothing)
+            for table, nothing in zip(self._accumulator.row_tables(), (0, 0, -1), strict=True)
+        )
+        loss = (self._head_loss.double() * head_weights(call).double()).sum().to(call.acc_dtype)
+        measured = head_metrics(tables, call.labels, self._n_valid, call.first_shift, self._active)
+        return MultiTokenLoss(loss=loss, head_loss=self._head_loss, n_valid=self._n_valid, **measured)

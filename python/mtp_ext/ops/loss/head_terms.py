@@ -1,0 +1,157 @@
+"""What weighs the rows of each head: denominators, token and class weights, a guard against too many targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.loss.arguments import LossCall
+from mtp_ext.ops.loss.row_kernels import RowScales
+from mtp_ext.ops.loss.row_selection import RowSelection
+from mtp_ext.ops.loss.vocabulary_shard import VocabularyShard
+
+LARGEST_FLOAT16_SCALE = 4096.0
+
+
+@dataclass(frozen=True)
+class HeadTerms:
+    """The weights of a call's rows; sums and scales have the call's ``acc_dtype``."""
+
+    denominators: Tensor  # [n], what each head's sum is divided by
+    row_weights: Tensor | None  # [n * B * S], token weights, 0 at rows that do not count; None: all 1
+    excess: Tensor | None  # [n], NaN for a head with more targets than max_valid, else 0
+    scales: RowScales  # of the rows' gradients
+    gradient_scale: float  # a factor in them that the products with the gradient take out again
+
+    @staticmethod
+    def of(
+        call: LossCall, selection: RowSelection, n_valid: Tensor, vocab_size: int, shard: VocabularyShard | None
+    ) -> HeadTerms:
+        """The terms of a prepared call.
+
+        Args:
+            n_valid: ``[n]``, the number of targets of each head.
+            vocab_size: Classes in all.
+        """
+        row_weights = _row_weights(call, selection)
+        denominators = _denominators(call, selection, n_valid, row_weights, shard)
+        excess = _nan_in_excess(call, n_valid)
+        scale = head_weights(call) / divisors(denominators)
+        scale = scale if excess is None else scale + excess
+        factor = _gradient_scale(call, shard)
+        scales = _row_scales(call, scale * factor, vocab_size, shard)
+        return HeadTerms(denominators, row_weights, excess, scales, factor)
+
+    def weighted(self, losses: Tensor) -> Tensor:
+        """``[n * B * S]``: each flat row's loss times its token weight; 0 at rows that do not count."""
+        if self.excess is not None:
+            losses = (losses.view(len(self.excess), -1) + self.excess[:, None]).flatten()
+        return losses if self.row_weights is None else losses * self.row_weights
+
+
+def head_weights(call: LossCall) -> Tensor:
+    """``[n]``, 1 where the call has none."""
+    device = call.labels.device
+    if call.head_weights is None:
+        return torch.ones(call.n_heads, dtype=call.acc_dtype, device=device)
+    return call.head_weights.detach().to(device=device, dtype=call.acc_dtype)
+
+
+def divisors(denominators: Tensor) -> Tensor:
+    """What sums are divided by. A zero denominator means zero total weight, so the sum is 0 as well; divide by 1."""
+    return denominators.where(denominators != 0, 1)
+
+
+def float16_scale(rows_per_head: int) -> float:
+    """A power of two that lifts the gradient of a mean over up to ``rows_per_head`` rows out of float16's underflow.
+
+    It is divided out of the float32 products with that gradient.
+    """
+    scale = 1.0
+    while 2 * scale <= min(rows_per_head, LARGEST_FLOAT16_SCALE):
+        scale *= 2
+    return scale
+
+
+def _gradient_scale(call: LossCall, shard: VocabularyShard | None) -> float:
+    # Incoming gradients per row bring their own scale; a shard's logits are float32.
+    is_mean = call.divisor is None and call.row_scale is None and call.lse_grad is None and shard is None
+    in_float16 = backend_of(call.labels.device).logits_dtype(call.compute_dtype) == torch.float16
+    return float16_scale(call.rows_per_head) if is_mean and in_float16 else 1.0
+
+
+def _row_scales(call: LossCall, heads: Tensor, vocab_size: int, shard: VocabularyShard | None) -> RowScales:
+    """The heads' scales with the sum of the class weights over the whole vocabulary."""
+    weights = call.options.class_weights
+    if weights is None:
+        return RowScales(heads, class_weight_sum=float(vocab_size))
+    total = weights.double().sum()
+    total = total if shard is None else shard.sum_(total)
+    if backend_of(total.device).sees_values:
+        return RowScales(heads, class_weight_sum=float(total))
+    return RowScales(heads, class_weight_total=total.float().reshape(1))
+
+
+def _row_weights(call: LossCall, selection: RowSelection) -> Tensor | None:
+    if call.token_weights is None:
+        return None
+    at_targets = _at_targets(call.token_weights, call, selection).to(call.acc_dtype)
+    if selection.valid is not None:
+        at_targets = torch.where(selection.valid, at_targets, 0)
+    n_rows = call.n_heads * call.rows_per_head
+    weights = torch.zeros(n_rows, dtype=call.acc_dtype, device=call.labels.device)
+    return weights.index_copy_(0, selection.flat, at_targets)
+
+
+def _at_targets(table: Tensor, call: LossCall, selection: RowSelection) -> Tensor:
+    """``table [B, S']`` at the target of each selected row; anything where a marked row has none."""
+    rows = selection.flat
+    head = rows.div(selection.rows_per_head, rounding_mode="floor")
+    in_head = rows - head * selection.rows_per_head
+    b = in_head.div(call.seq_len, rounding_mode="floor")
+    column = in_head - b * call.seq_len + call.first_shift + head
+    return table[b, column.clamp(max=table.shape[1] - 1)]
+
+
+def _class_weights_of(weights: Tensor, targets: Tensor, shard: VocabularyShard | None) -> Tensor:
+    """``class_weights[targets]``, wherever the class is held."""
+    if shard is None:
+        # On a GPU a target may be no class: its loss is NaN, whatever weight it is given.
+        return weights[targets.clamp(0, weights.shape[0] - 1)]
+    local = targets - shard.start
+    held = (local >= 0) & (local < shard.size)
+    padded = torch.cat([weights, weights.new_zeros(1)])  # a last entry for other shards'
+    return shard.sum_(padded[local.where(held, shard.size)])
+
+
+def _denominators(
+    call: LossCall, selection: RowSelection, n_valid: Tensor, row_weights: Tensor | None, shard: VocabularyShard | None
+) -> Tensor:
+    divisor, device, dtype = call.divisor, call.labels.device, call.acc_dtype
+    if isinstance(divisor, Tensor):
+        return divisor.detach().to(device=device, dtype=dtype).expand(call.n_heads)
+    if divisor is not None:
+        return torch.full((call.n_heads,), float(divisor), dtype=dtype, device=device)
+    class_weights = call.options.class_weights
+    if row_weights is None and class_weights is None:
+        return n_valid.to(dtype)
+    if row_weights is not None:
+        weights = row_weights[selection.flat]
+    elif selection.valid is not None:
+        weights = selection.valid.to(dtype)
+    else:
+        weights = torch.ones(len(selection.rows), dtype=dtype, device=device)
+    if class_weights is not None:
+        targets = _at_targets(call.labels, call, selection).long()
+        weights = weights * _class_weights_of(class_weights, targets, shard)
+    return selection.sums_of_heads(weights).to(dtype)
+
+
+def _nan_in_excess(call: LossCall, n_valid: Tensor) -> Tensor | None:
+    if call.max_valid is None:
+        return None
+    excess = n_valid > backend_of(n_valid.device).constants(call.max_valid, torch.int64, n_valid.device)
+    return torch.zeros(call.n_heads, dtype=call.acc_dtype, device=n_valid.device).masked_fill_(excess, float("nan"))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import mtp_ext
-from mtp_ext.ops import reference
-from tests.gpu.registry import assert_close, check
+from tests.gpu.registry import check
+from tests.support.accuracy import assert_accurate
+from tests.support.loss_calls import Call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLOORS = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "smoothing": {"label_smoothing": 0.1},
@@ -33,36 +33,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def compare(device: torch.device, n: int, width: int, vocab: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Loss and gradients of ours and of eager torch in ``dtype``, each against float64 on the CPU."""
+    """Values and gradients of a call on ``device`` are as accurate as the CPU's tests demand."""
     g = torch.Generator().manual_seed(n + vocab)
     chosen = dict(options)
     tensors = {
-        "hidden": torch.randn(n, width, generator=g).to(dtype),
-        "weight": (torch.randn(vocab, width, generator=g) * 0.3).to(dtype),
+        "hidden": torch.randn(n, width, generator=g).double(),
+        "weight": (torch.randn(vocab, width, generator=g) * 0.3).double(),
+        "labels": torch.randint(vocab, (n,), generator=g),
     }
+    tensors["labels"][torch.rand(n, generator=g) < 0.2] = -100
     if chosen.pop("bias", False):
-        tensors["bias"] = torch.randn(vocab, generator=g).to(dtype)
-    fixed = {}
+        tensors["bias"] = torch.randn(vocab, generator=g).double()
     if chosen.pop("class_weights", False):
-        fixed["class_weights"] = torch.rand(vocab, generator=g) + 0.5
+        tensors["class_weights"] = (torch.rand(vocab, generator=g) + 0.5).double()
     if chosen.pop("token_weights", False):
-        fixed["token_weights"] = torch.rand(n, generator=g) * (torch.rand(n, generator=g) > 0.2)
-    targets = torch.randint(vocab, (n,), generator=g)
-    targets[torch.rand(n, generator=g) < 0.2] = -100
-    incoming = torch.rand(n, generator=g) if chosen.get("reduction") == "none" else torch.ones(())
-
-    def run(function: Any, on: torch.device, to: torch.dtype) -> list[Tensor]:
-        leaves = {name: x.to(on, to).requires_grad_() for name, x in tensors.items()}
-        wide = torch.float64 if to == torch.float64 else torch.float32
-        rest = {name: x.to(on, wide) for name, x in fixed.items()}
-        loss = function(**leaves, targets=targets.to(on), **rest, **chosen)
-        return [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()), incoming.to(loss))]
-
-    exact = run(reference.linear_cross_entropy, torch.device("cpu"), torch.float64)
-    eager = run(reference.linear_cross_entropy, device, dtype)
-    ours = run(mtp_ext.linear_cross_entropy, device, dtype)
-    for name, a, e, t in zip(["loss", *tensors], ours, exact, eager, strict=True):
-        assert_close(a, e, t, FLOORS[dtype], f"{name} at {n} x {width} x {vocab}, {dtype}, {options}")
+        tensors["token_weights"] = (torch.rand(n, generator=g) * (torch.rand(n, generator=g) > 0.2)).double()
+    assert_accurate(Call(dtype, tensors, chosen, heads=False), device=device)
 
 
 @check(small=True)

@@ -39,13 +39,3 @@ def all_checks() -> list[Check]:
     from tests.gpu import group_checks, kernel_checks, loss_checks, model_checks, runtime_checks  # noqa: F401  (they register)
 
     return list(CHECKS)
-
-
-def assert_close(actual: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, floor: float, what: str) -> None:
-    """Our error is at most twice that of eager torch in the same dtype, plus ``floor`` of the largest exact value."""
-    scale = float(exact.abs().max()) if exact.numel() else 0.0
-    worst = float((actual.double().cpu() - exact.cpu()).abs().max()) if exact.numel() else 0.0
-    allowed = floor * (scale + 1e-30)
-    if eager.numel():
-        allowed += 2 * float((eager.double().cpu() - exact.cpu()).abs().max())
-    assert worst <= allowed, f"{what}: off by {worst:.3g}, allowed {allowed:.3g}, largest {scale:.3g}"

@@ -80,7 +80,7 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    weights = _target_weights(flat, class_weights, token_weights, ignore_index, loss.dtype)
+    weights = target_weights(flat, class_weights, token_weights, ignore_index, loss.dtype)
     if token_weights is not None:
         loss = loss * token_weights.reshape(-1).to(loss.dtype)
     if reduction == "none":
@@ -92,7 +92,7 @@ def linear_cross_entropy(
     return (loss, lse.view(targets.shape)) if return_lse else loss
 
 
-def _target_weights(
+def target_weights(
     targets: Tensor,
     class_weights: Tensor | None,
     token_weights: Tensor | None,

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_ext import _C
+
 # The dtypes of the CUDA kernels.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The device types that this build has kernels for; read at import, because torch.compile cannot trace the question.
@@ -191,8 +193,11 @@ class CudaBackend(Backend):
 
 @functools.cache
 def has_fast_bfloat16_gemm() -> bool:
-    """Whether this CPU multiplies bfloat16 natively; without it, torch's bfloat16 GEMM is 10-100 times slower."""
-    if platform.machine() not in ("x86_64", "AMD64"):
+    """Whether this CPU multiplies bfloat16 natively; without it, torch's bfloat16 GEMM is 10-100 times slower.
+
+    ``MTP_EXT_CPU_CAPABILITY=avx2`` (or ``plain``) says no, as a processor without AVX-512 would.
+    """
+    if platform.machine() not in ("x86_64", "AMD64") or _C.build_info()["cpu_capability"] != "avx512":
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 

@@ -1,4 +1,4 @@
-// How many rows of logits are held at once, on either device.
+// Chunk size: the rows of logits held at once, on either device.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -6,29 +6,29 @@
 namespace mtp {
 
 struct ChunkLimits {
-  int64_t rows = 0;   // most rows, as the caller said; 0: not said. Takes precedence.
-  int64_t bytes = 0;  // most bytes of logits (at least one row is held); 0: not said
+  int64_t rows = 0;   // most rows; 0: unset. Takes precedence.
+  int64_t bytes = 0;  // most bytes of logits, but at least one row; 0: unset
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Chunks of nearly equal sizes, none larger than `limit`.
+// Size of nearly equal chunks of at most `limit` rows.
 inline int64_t balanced_chunk(int64_t num_rows, int64_t limit) {
   const int64_t chunks = std::max<int64_t>(1, ceil_div(num_rows, limit));
   return std::max<int64_t>(1, ceil_div(num_rows, chunks));
 }
 
-// 128 MiB of logits, which is 1024 float32 rows at V = 32k. Fewer than 512 rows leave the GEMMs inefficient (128 rows
-// lose 20-40 %); more than 1024 gain nothing, except 2 % where a chunk of short rows is small.
+// 128 MiB of logits: 1024 float32 rows at V = 32k. Below 512 rows the GEMMs are inefficient (128 rows lose 20-40 %);
+// above 1024 nothing is gained, except 2 % for small chunks of short rows.
 inline int64_t cpu_chunk_limit(int64_t row_bytes) {
   constexpr int64_t kBytes = 128 << 20, kSmallBytes = 8 << 20, kFewestRows = 512, kMostRows = 1024;
   const int64_t fits = std::clamp(kBytes / row_bytes, kFewestRows, kMostRows);
   return std::max(fits, kSmallBytes / row_bytes);
 }
 
-// A GPU needs more rows before the GEMMs outweigh the row pass and the float32 sum of the weight's gradient: with 760
-// TFLOP/s and 3 TB/s those cost 167 / D and 333 / C of the GEMMs. The logits may take half of what that gradient takes,
-// within bounds.
+// A GPU needs larger chunks for the GEMMs to outweigh the row pass and the float32 accumulation of the weight gradient,
+// which cost 167 / D and 333 / C of the GEMM time at 760 TFLOP/s and 3 TB/s. The logits may use half as much memory as
+// that gradient, within bounds.
 constexpr int64_t kGpuTileRows = 128;
 inline int64_t gpu_chunk_limit(int64_t row_bytes, int64_t vocab_size, int64_t width) {
   constexpr int64_t kFewestBytes = 256 << 20, kMostBytes = 1 << 30, kFewestRows = 2048, kMostRows = 8192;
@@ -37,7 +37,7 @@ inline int64_t gpu_chunk_limit(int64_t row_bytes, int64_t vocab_size, int64_t wi
   return std::clamp(fits, kFewestRows, kMostRows) / kGpuTileRows * kGpuTileRows;
 }
 
-// Rows of one chunk of `num_rows` rows of logits [V]; `width` is D where a GPU multiplies them, in whole tiles, else 0.
+// Rows per chunk for `num_rows` rows of logits [V]. `width` is D on a GPU, where chunks are whole tiles, else 0.
 inline int64_t chunk_size(int64_t num_rows, int64_t vocab_size, int64_t item_size, int64_t width,
                           const ChunkLimits& limits) {
   const int64_t row_bytes = std::max<int64_t>(1, vocab_size * item_size);

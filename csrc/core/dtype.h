@@ -1,4 +1,4 @@
-// Element types of the row kernels, and the host's bfloat16 storage (arithmetic is always float32 or float64).
+// Element types of the kernels, and bfloat16 storage on the host (arithmetic is always float32 or float64).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -21,7 +21,7 @@ inline float to_float(BFloat16Bits x) {
   return value;
 }
 
-// Round to nearest, ties to even; a NaN stays a (quiet) NaN.
+// Rounds to nearest even; NaN stays a (quiet) NaN.
 inline BFloat16Bits to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));

@@ -1,5 +1,4 @@
-// The parameters of the row kernels of the loss: one contract for the CPU (cpu/loss_rows.h) and CUDA
-// (kernels/loss_rows.h).
+// Parameters of the loss row kernels: one contract for the CPU (cpu/loss_rows.h) and CUDA (kernels/loss_rows.h).
 #pragma once
 #include <cstdint>
 
@@ -12,11 +11,12 @@ namespace mtp {
 
 enum class Gradient { kSkip, kWrite };
 
-// kWhole does a row at once. Where the vocabulary is sharded over processes, kStatistics reads this shard's logits (and
-// leaves in them what kGradient needs), the caller combines the statistics of all shards, and kGradient ends the row.
+// kWhole processes a row in one call. With the vocabulary sharded over processes, kStatistics reads this shard's logits
+// (and leaves in them what kGradient needs), the caller combines the statistics of all shards, and kGradient finishes
+// the row.
 enum class Stage { kWhole, kStatistics, kGradient };
 
-// What a row leaves behind, each over ALL flat rows. On the CPU lse and predicted are null where nobody reads them.
+// Per-row results, one entry for EVERY flat row. On the CPU, lse and predicted may be null if they are not needed.
 template <typename acc_t>
 struct RowTables {
   acc_t* loss;         // without the row's weight
@@ -35,7 +35,7 @@ struct LossRowsParams {
   void* logits;
   DType dtype;
   int64_t row_stride, vocab_size;
-  const int64_t* rows;  // -1: no row; its gradient is zeros, and nothing else of it is read or written
+  const int64_t* rows;  // flat indices; -1: no target, the gradient row is zeroed and nothing else is read or written
   TargetRule targets;
   const acc_t* head_scale;
   const acc_t* row_scale;      // or null: 1
@@ -43,7 +43,7 @@ struct LossRowsParams {
   const float* class_weights;  // or null: 1
   const acc_t* bias;           // or null: 0
   RowOptions options;
-  const float* class_weight_total;  // sum_v c_v on the device, read without a synchronisation; or null: options'
+  const double* class_weight_total;  // sum_v c_v on the device, read without a GPU sync; or null: that of options
   Gradient gradient;
   Stage stage;
   int64_t vocab_start;  // class of the first column

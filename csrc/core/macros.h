@@ -1,4 +1,4 @@
-// Marks a function that both the CPU and the CUDA kernels call.
+// Marks a function shared by the CPU and the CUDA kernels.
 #pragma once
 #if defined(__CUDACC__)
 #define MTP_HD __host__ __device__ __forceinline__

@@ -1,11 +1,13 @@
-// The scalar mathematics of one row of the loss, shared by every kernel. With logits l (after scale, bias, softcap),
-// p = softmax(l), target y, row weight w, class weights c (1 where there are none), smoothing e over V classes:
+// The scalar mathematics of one row of the loss, shared by all kernels. With logits l (after scale, bias, softcap),
+// p = softmax(l), target y, row weight w, class weights c (default 1), label smoothing e over V classes, z-loss z, and
+// incoming gradient u of lse:
 //
-//   loss = (1 - e) c_y (lse - l_y) + (e / V) sum_v c_v (lse - l_v) + z lse^2            (torch's smoothing; z-loss)
-//   d(w loss)/d l_v = A p_v - (w e / V) c_v - [v = y] w (1 - e) c_y                     A = w ((1-e) c_y + (e/V) sum c
-//                                                                                           + 2 z lse) + u
-// u is an incoming gradient of lse itself. Everything at the target is formed from the sum over the OTHER classes, so
-// both the loss and p_y - 1 keep their relative accuracy as p_y -> 1, where `p_y - 1` of a rounded p_y has none.
+//   loss                    = (1 - e) c_y (lse - l_y) + (e / V) sum_v c_v (lse - l_v) + z lse^2     (torch's smoothing)
+//   d(w loss + u lse)/d l_v = A p_v - (w e / V) c_v - [v = y] w (1 - e) c_y
+//   A                       = w ((1 - e) c_y + (e / V) sum_v c_v + 2 z lse) + u
+//
+// Terms at the target use the sum over the OTHER classes, so that the loss and p_y - 1 keep their relative accuracy as
+// p_y -> 1, where subtracting 1 from a rounded p_y leaves none.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,30 +16,30 @@
 
 namespace mtp {
 
-// What one pass over a row, or over one shard of it, finds. Where the target lies in another shard, its two fields are
-// 0, so that shards combine by sums once `sum_others` is brought to the common maximum.
+// Result of one pass over a row, or over one shard of it. The two target fields are 0 if another shard holds the
+// target, so shards combine by addition once `sum_others` is rescaled to the common maximum.
 template <typename real_t>
 struct BasicRowStatistics {
   real_t max;                  // largest logit
   real_t sum_others;           // sum over v != y of exp(l_v - max)
   real_t target_logit;         // l_y
   real_t target_class_weight;  // c_y
-  real_t weighted_sum;         // sum_v c_v l_v, read only with smoothing
-  real_t argmax;               // first index of max, counted over the whole vocabulary
+  real_t weighted_sum;         // sum_v c_v l_v, used only with smoothing
+  real_t argmax;               // first index of max in the whole vocabulary
 };
 using RowStatistics = BasicRowStatistics<double>;
 constexpr int kRowStatistics = 6;
 
-// How a row of logits becomes a loss, and the sums over the classes that this takes.
+// Options of the loss, and the class totals that they need.
 struct RowOptions {
   double label_smoothing = 0.0;
   double z_loss = 0.0;
   double softcap = 0.0;  // l = softcap tanh(t / softcap); 0: l = t
   double logit_scale = 1.0;
   double class_weight_sum = 0.0;  // sum_v c_v; V without class weights
-  int64_t vocab_size = 0;         // classes in all, over every shard
+  int64_t vocab_size = 0;         // classes of all shards
 
-  // From `RowOptions.pack()` of mtp_ext/ops/loss/options.py, in its order; the sums over the classes stay 0.
+  // Unpacks `RowOptions.pack()` of mtp_ext/ops/loss/options.py; the class totals stay 0.
   static constexpr int64_t kPacked = 4;
   static RowOptions of(const double* packed) {
     RowOptions options;
@@ -59,7 +61,7 @@ struct BasicRowLoss {
 };
 using RowLoss = BasicRowLoss<double>;
 
-// In float64 on the CPU. In float32 on a GPU, where the registers of the float64 logarithm would cost a third of the
+// The CPU uses float64. A GPU uses float32, because the registers of a float64 logarithm would cost a third of the
 // threads; the terms are arranged so that each keeps its relative accuracy.
 template <typename real_t>
 MTP_HD BasicRowLoss<real_t> finish_row(const BasicRowStatistics<real_t>& row, const RowOptions& opt, real_t weight,
@@ -68,13 +70,13 @@ MTP_HD BasicRowLoss<real_t> finish_row(const BasicRowStatistics<real_t>& row, co
   const real_t shifted = row.target_logit - row.max;  // <= 0
   const real_t target_exp = std::exp(shifted);
   const real_t sum = row.sum_others + target_exp;
-  // Where the target is not the largest logit, sum >= 1; where it is, sum - 1 would round away what log1p keeps.
+  // sum >= 1 unless the target is the largest logit; then sum - 1 would round away what log1p keeps.
   const real_t log_sum = std::log1p(shifted == 0 ? row.sum_others : sum - 1);
   const real_t nll = log_sum - shifted;
   const real_t lse = row.max + log_sum;
   const real_t hard = (1 - smoothing) * row.target_class_weight;
   real_t loss = hard * nll + z_loss * lse * lse;
-  real_t rest = 2 * z_loss * lse;  // coefficient of p beside the hard target's
+  real_t rest = 2 * z_loss * lse;  // coefficient of p without the hard target's
   real_t uniform = 0;
   if (smoothing > 0) {
     const auto class_weight_sum = static_cast<real_t>(opt.class_weight_sum);

@@ -1,10 +1,10 @@
-// Which token a row of the loss predicts. Rows are (head, batch, position), head-major, on one flat axis:
+// The target of a loss row. Rows are (head, batch, position), head-major, on one flat axis:
 //   row = (head * batch + b) * seq_len + s      predicts      labels[b, s + first_shift + head]
-// so that no shifted copy of the labels, and no mask, ever exists in memory.
+// so neither shifted labels nor a mask is ever materialised.
 //
 // Shapes    labels [B, label_len] with label_len >= seq_len; document_ids, token_weights [B, label_len] or null.
-// Rule      a target counts if it exists (s + shift < label_len), is not ignore_index, lies in the document of its
-//           position, and does not have weight 0 (Gloeckle et al. 2024, eq. 2, on packed sequences).
+// Rule      a target counts if it exists (s + shift < label_len), is not ignore_index, is in the same document as its
+//           position and has a nonzero weight (Gloeckle et al. 2024, eq. 2, on packed sequences).
 #pragma once
 #include <cstdint>
 
@@ -14,7 +14,7 @@ namespace mtp {
 
 struct TargetRule {
   const void* labels;          // [B, label_len], unit stride over label_len
-  const void* document_ids;    // the same shape, or null: one document per row
+  const void* document_ids;    // same shape, or null: one document per batch row
   const float* token_weights;  // [B, label_len] contiguous: the weight of labels[b, j] as a target; or null: 1
   IndexType label_type, document_type;
   int64_t batch, seq_len, label_len;
@@ -32,10 +32,10 @@ struct TargetRule {
     return {row / head_rows, in_head / seq_len, in_head % seq_len};
   }
 
-  // Column of the target in `labels`; may lie past the end.
+  // Column of the target in `labels`; may be past the end.
   MTP_HD int64_t column(Location at) const { return at.s + first_shift + at.head; }
 
-  // The target of a row that is known to count.
+  // Only for rows that count.
   MTP_HD int64_t target(Location at) const { return load_index(labels, label_type, at.b * label_stride + column(at)); }
 
   MTP_HD float token_weight(Location at) const {

@@ -1,11 +1,11 @@
-// Sums over the rows of a matrix, added to a vector: the gradient of a bias.
+// Adds the column sums of a matrix to a vector: the gradient of a bias.
 //
 //   out[v] += sum_r x[r, v]     for v in [begin, end)
 //
 // Shapes    x [rows, >= end] with row stride `stride`; out [>= end].
 // Cost      one read of x; bandwidth bound.
 // Launch    columns [begin, end) on the calling thread; threads own disjoint columns.
-// Numerics  float64 sums, rounded once when they are added.
+// Numerics  float64 sums, rounded once by the final addition.
 #pragma once
 #include <algorithm>
 #include <array>

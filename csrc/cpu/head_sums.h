@@ -1,10 +1,9 @@
-// Sums over the rows of one head: what its loss is divided by, and the loss.
+// Sums over the rows of one head: the denominator of its loss, and the loss.
 //
-// Shapes    rows [count]: flat rows of one head that count (cpu/select_rows.h); class_weights [V] or null; loss: a
-// table
-//           over all flat rows.
+// Shapes    rows [count]: flat rows of one head with a target (cpu/select_rows.h); class_weights [V] or null;
+//           loss: a table over all flat rows.
 // Cost      one read of the rows and of what they index.
-// Numerics  float64 sums: added up in float32, the weights of a large batch would lose digits.
+// Numerics  float64 sums: in float32 the weights of a large batch would lose digits.
 #pragma once
 #include <cstdint>
 
@@ -12,7 +11,7 @@
 
 namespace mtp {
 
-// The sum of token_weight * class_weight over the rows' targets; `count` where there are neither.
+// Sum of token_weight * class_weight over the rows' targets; `count` without weights.
 inline double sum_of_weights(const TargetRule& rule, const int64_t* rows, int64_t count, const float* class_weights) {
   if (rule.token_weights == nullptr && class_weights == nullptr) return static_cast<double>(count);
   double sum = 0.0;
@@ -24,7 +23,7 @@ inline double sum_of_weights(const TargetRule& rule, const int64_t* rows, int64_
   return sum;
 }
 
-// Multiplies the rows' losses by their token weights, and returns their sum.
+// Multiplies the rows' losses by their token weights in place and returns their sum.
 template <typename acc_t>
 double weigh_losses(const TargetRule& rule, const int64_t* rows, int64_t count, acc_t* loss) {
   double sum = 0.0;

@@ -19,7 +19,7 @@ RowStatistics row_statistics(double* x, const LossRowsParams<double>& p, int64_t
     }
     if (p.options.label_smoothing > 0.0) stats.weighted_sum += p.class_weight(v) * x[v];
   }
-  // A shard may be all -inf where the row is not; (-inf) - (-inf) would make it NaN.
+  // A shard of a finite row may be all -inf; (-inf) - (-inf) would make its sum NaN.
   const double shift = stats.max == -INFINITY && p.stage == Stage::kStatistics ? 0.0 : stats.max;
   for (int64_t v = 0; v < p.vocab_size; ++v)
     if (v + p.vocab_start != target) stats.sum_others += std::exp(x[v] - shift);

@@ -1,4 +1,4 @@
-// What cpu/loss_rows_simd.h needs, included before an instruction set is switched on (see there).
+// Headers of cpu/loss_rows_simd.h, included before the instruction set is switched on (see there).
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,28 +1,27 @@
-// The float32/bfloat16 row kernel, written once in compiler vector extensions. Each loss_rows_<isa>.cpp defines kLanes,
-// includes the standard headers, switches the target instruction set on with a pragma, and then includes this file. So
-// everything here has internal linkage: an inline function with external linkage would be merged across the three
-// translation units, and a processor without AVX-512 could be handed its AVX-512 copy.
-// No include guard; the standard headers are those of cpu/loss_rows_isa.h.
+// The float32/bfloat16 row kernel in compiler vector extensions. Each loss_rows_<isa>.cpp includes the standard headers
+// (cpu/loss_rows_isa.h), defines kLanes, switches on its instruction set with a pragma, and then includes this file.
+// Everything here has internal linkage: an inline function with external linkage would be merged across the three
+// translation units, and a processor without AVX-512 could get the AVX-512 copy. No include guard.
 //
-// A row is walked in blocks that fit the L1 cache. One walk finds the maximum and the sum: each block's exponentials
-// are relative to the largest logit so far, and the second walk, which turns them into the gradient, corrects each
-// block's factor. A capped row keeps its logits instead, which its gradient needs, and takes the exponentials twice.
+// A row is processed in blocks that fit the L1 cache. The first pass finds the maximum and the sum, with each block's
+// exponentials relative to the running maximum; the second turns them into the gradient and corrects each block's
+// factor. With a softcap the row keeps its logits, which the gradient needs, and the exponentials are computed twice.
 #include "cpu/simd.h"
 
 namespace mtp {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // elements that one float32 partial sum covers
+constexpr int64_t kBlock = 1024;  // elements per float32 partial sum
 constexpr int64_t kCacheLine = 64 / sizeof(float);
 static_assert(kBlock % kStride == 0, "a block is a whole number of unrolled strides");
 
 int64_t block_count(int64_t vocab_size) { return (vocab_size + kBlock - 1) / kBlock; }
 
-// What a thread needs beside the rows; one for all of its rows.
+// Per-thread scratch, shared by all rows of the thread.
 struct Scratch {
-  std::unique_ptr<float[]> shifts;   // [blocks], what each block's exponentials are relative to
+  std::unique_ptr<float[]> shifts;   // [blocks], shift of each block's exponentials
   std::unique_ptr<float[]> widened;  // [V], a bfloat16 row in float32
-  float largest[kBlock];             // a copy of the block that holds the maximum: the row itself is overwritten
+  float largest[kBlock];             // copy of the block with the maximum: the row itself is overwritten
   int64_t largest_begin;
   float largest_logit;
   bool finds_argmax;
@@ -33,7 +32,7 @@ struct Scratch {
     if (p.dtype == DType::kBFloat16) widened.reset(new float[static_cast<size_t>(p.vocab_size)]);
   }
 
-  // Notes the block if it raises the maximum.
+  // Records the block if it raises the maximum.
   void offer(const float* x, int64_t begin, int64_t end, float block_max) {
     if (!(block_max > largest_logit)) return;
     largest_logit = block_max;
@@ -42,14 +41,14 @@ struct Scratch {
     std::memcpy(largest, x + begin, static_cast<size_t>(end - begin) * sizeof(float));
   }
 
-  // Whether the maximum is among the kStride elements from v on; without a branch, so that it vectorises.
+  // Whether the maximum is among the kStride elements from v; branch-free, so that it vectorises.
   bool holds_largest(int64_t v) const {
     int found = 0;
     for (int64_t i = v; i < v + kStride; ++i) found |= static_cast<int>(largest[i] == largest_logit);
     return found != 0;
   }
 
-  // The first index of the maximum; 0 for a row of NaN or -inf, or where it is not wanted.
+  // First index of the maximum; 0 for a row of NaN or -inf, or if it is not needed.
   int64_t argmax() const {
     if (!finds_argmax || largest_logit == -INFINITY) return 0;
     int64_t v = 0;
@@ -84,7 +83,7 @@ float find_max(const float* x, int64_t begin, int64_t end) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// sum_v exp(x_v - shift) over a block, stored in place of x_v where asked.
+// sum_v exp(x_v - shift) over a block; kStore keeps the exponentials in x.
 template <bool kStore>
 double sum_exp(float* x, int64_t begin, int64_t end, float max_logit) {
   const VFloat shift = splat(max_logit);
@@ -92,7 +91,7 @@ double sum_exp(float* x, int64_t begin, int64_t end, float max_logit) {
   for (VFloat& acc : sum) acc = splat(0.0f);
   int64_t v = begin;
   for (; v + kStride <= end; v += kStride) {
-    // The row comes from memory, and a processor's own prefetch stops at a page, which is a block.
+    // The row comes from memory, and the hardware prefetcher stops at a page boundary, that is, after every block.
     for (int64_t line = 0; line < kStride; line += kCacheLine) __builtin_prefetch(x + v + kBlock + line);
     for (int i = 0; i < kUnroll; ++i) {
       const VFloat e = exp_nonpositive(load(x + v + i * kLanes) - shift);
@@ -118,7 +117,7 @@ double weighted_logit_sum(const float* x, const float* class_weights, int64_t be
   return reduce_add(sum);
 }
 
-// One block of l, from the logits that the row came with.
+// Turns a block of raw logits into l, and updates the maximum and the weighted sum.
 void read_block(float* x, const LossRowsParams<float>& p, int64_t begin, int64_t end, Scratch& scratch,
                 RowStatistics& stats) {
   if (p.options.softcap > 0.0) {
@@ -130,28 +129,28 @@ void read_block(float* x, const LossRowsParams<float>& p, int64_t begin, int64_t
   if (p.options.label_smoothing > 0.0) stats.weighted_sum += weighted_logit_sum(x, p.class_weights, begin, end);
 }
 
-// Adds a block to the sum, relative to `shift`, which it keeps; the target's element is left undefined.
+// Returns the sum of a block relative to `shift`, which it records; leaves the target's element undefined.
 double sum_block(float* x, const LossRowsParams<float>& p, int64_t begin, int64_t end, int64_t target, float shift,
                  Scratch& scratch, RowStatistics& stats) {
   if (target >= begin && target < end) {
     stats.target_logit = x[target];
     stats.target_class_weight = p.class_weight(target);
-    x[target] = -INFINITY;  // the sum over the others keeps its own precision: see core/row_loss.h
+    x[target] = -INFINITY;  // the sum excludes the target: see core/row_loss.h
   }
   scratch.shifts[static_cast<size_t>(begin / kBlock)] = shift;
-  // So far all may be -inf; (-inf) - (-inf) would make a sum NaN whose maximum comes later, or lies in another shard.
+  // All logits so far may be -inf, with the maximum in a later block or another shard; (-inf) - (-inf) would be NaN.
   if (shift == -INFINITY) shift = 0.0f;
   const bool store = p.gradient == Gradient::kWrite && p.options.softcap == 0.0;
   return store ? sum_exp<true>(x, begin, end, shift) : sum_exp<false>(x, begin, end, shift);
 }
 
-// Reads a row of logits. Leaves exp(l - shift) of each block, or with a cap l, in x.
+// Reads a row of logits; leaves exp(l - shift) of each block in x, or l itself with a softcap.
 RowStatistics row_statistics(float* x, const LossRowsParams<float>& p, int64_t target, Scratch& scratch) {
   RowStatistics stats{-INFINITY, 0.0, 0.0, 0.0, 0.0, 0.0};
   scratch.largest_logit = -INFINITY;
   const int64_t local = p.holds(target) ? target - p.vocab_start : -1;
   const bool whole = p.stage == Stage::kWhole;
-  float summed_to = -INFINITY;  // what sum_others is relative to
+  float summed_to = -INFINITY;  // the shift of sum_others
   for (int64_t begin = 0; begin < p.vocab_size; begin += kBlock) {
     const int64_t end = std::min(p.vocab_size, begin + kBlock);
     read_block(x, p, begin, end, scratch, stats);
@@ -166,14 +165,14 @@ RowStatistics row_statistics(float* x, const LossRowsParams<float>& p, int64_t t
   stats.max = scratch.largest_logit;
   stats.argmax = static_cast<double>(p.vocab_start + scratch.argmax());
   if (whole) return stats;
-  for (int64_t begin = 0; begin < p.vocab_size;
-       begin += kBlock)  // a shard's blocks share one shift, known to both stages
+  // The blocks of a shard share one shift, known to both stages.
+  for (int64_t begin = 0; begin < p.vocab_size; begin += kBlock)
     stats.sum_others +=
         sum_block(x, p, begin, std::min(p.vocab_size, begin + kBlock), local, scratch.largest_logit, scratch, stats);
   return stats;
 }
 
-// x holds exp(l - shift) (kCapped false) or l (true); leaves d/dx over a block. `exp_scale` = d l_v / exp(...).
+// Replaces exp(l - shift), or l if kCapped, by d/dx over a block. `exp_scale` is the factor of exp(l - shift) in d l.
 template <bool kCapped>
 void write_gradient(float* x, const LossRowsParams<float>& p, int64_t begin, int64_t end, double exp_scale,
                     float shift_by, double uniform) {
@@ -193,8 +192,8 @@ void write_gradient(float* x, const LossRowsParams<float>& p, int64_t begin, int
   });
 }
 
-// Ends a row: tables, and the gradient in place of what row_statistics left in x. `shifts` holds what the exponentials
-// of each block are relative to, or is null where all are relative to `local_max`.
+// Finishes a row: writes the tables, and the gradient over what row_statistics left in x. `shifts` holds the shift of
+// each block's exponentials; null: all blocks use `local_max`.
 void finish(float* x, const LossRowsParams<float>& p, int64_t row, TargetRule::Location at, const RowStatistics& stats,
             const float* shifts, double local_max) {
   const double lse_grad = p.lse_grad == nullptr ? 0.0 : static_cast<double>(p.lse_grad[row]);
@@ -211,7 +210,7 @@ void finish(float* x, const LossRowsParams<float>& p, int64_t row, TargetRule::L
       continue;
     }
     const double shift = shifts == nullptr ? local_max : static_cast<double>(shifts[begin / kBlock]);
-    if (shift != known_shift) {  // the shifts rise a few times in a row, and most blocks share one
+    if (shift != known_shift) {  // the shift rises only a few times per row
       known_shift = shift;
       correction = std::exp(shift - stats.max);
     }
@@ -248,7 +247,7 @@ void widen(const BFloat16Bits* from, float* to, int64_t count) {
   }
 }
 
-// Branch-free, so that it vectorises; the NaN rule is core/dtype.h's.
+// Branch-free, so that it vectorises; NaN as in core/dtype.h.
 void narrow(const float* from, BFloat16Bits* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     uint32_t bits;

@@ -1,7 +1,7 @@
-// The rows of the loss that carry a target, in order, and their number per head.
+// Lists the loss rows with a target, in order, and counts them per head.
 //
-// Shapes    rows [heads * B * seq_len]: the flat (head, b, s) index of every row that counts, ascending, then -1;
-//           counts [heads].
+// Shapes    rows [heads * B * seq_len]: the flat (head, b, s) index of every row that counts, ascending, padded with
+//           -1; counts [heads].
 // Cost      one read of the labels (and document ids) per head; O(heads * B * seq_len).
 // Returns   the flat index into labels of the first target outside [0, vocab_size), or -1.
 #pragma once

@@ -1,6 +1,5 @@
-// Vectors of kLanes floats and their exponential and hyperbolic tangent, in compiler vector extensions.
-// Included, like cpu/loss_rows_simd.h and with its rules, by each loss_rows_<isa>.cpp: everything here has internal
-// linkage, there is no include guard, and the standard headers come from cpu/loss_rows_isa.h.
+// Vectors of kLanes floats, with exp and tanh, in compiler vector extensions. Part of cpu/loss_rows_simd.h, whose rules
+// apply: internal linkage, no include guard, standard headers from cpu/loss_rows_isa.h.
 namespace mtp {
 namespace {
 
@@ -20,7 +19,7 @@ inline VFloat load(const float* p) {
 
 inline void store(float* p, VFloat v) { std::memcpy(p, &v, sizeof(v)); }
 
-// The last count < kLanes elements; the other lanes hold `fill`.
+// Loads count < kLanes elements; the other lanes hold `fill`.
 inline VFloat load_partial(const float* p, int64_t count, float fill) {
   VFloat v = splat(fill);
   std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(float));
@@ -31,7 +30,7 @@ inline void store_partial(float* p, VFloat v, int64_t count) {
   std::memcpy(p, &v, static_cast<size_t>(count) * sizeof(float));
 }
 
-// The same for a count that may be kLanes, which for_each_vector makes a constant.
+// For any count <= kLanes; for_each_vector passes kLanes as a constant, so the test folds away.
 inline VFloat load(const float* p, int64_t count, float fill) {
   return count == kLanes ? load(p) : load_partial(p, count, fill);
 }
@@ -82,7 +81,7 @@ inline ReducedExp reduce_exp(VFloat x) {
   const VFloat kMagic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const VFloat shifted = x * splat(1.44269504f) + kMagic;
   const VFloat n = shifted - kMagic;
-  VFloat r = x - n * splat(0.693359375f);  // ln 2 in two parts, the first exact in n * part
+  VFloat r = x - n * splat(0.693359375f);  // ln 2 in two parts; n times the first is exact
   r = r - n * splat(-2.12194440e-4f);
   VFloat q = splat(1.38145e-3f);
   q = q * r + splat(8.36875e-3f);
@@ -92,8 +91,7 @@ inline ReducedExp reduce_exp(VFloat x) {
   return {bits_of(shifted) << 23, q * (r * r) + r};
 }
 
-// exp(x) for x <= ~0, relative error 1.2e-7. Below -87.3 the result would be subnormal and is 0, as for -inf; NaN
-// stays.
+// exp(x) for x <= ~0, relative error 1.2e-7. 0 below -87.3 (where it would be subnormal) and for -inf; NaN propagates.
 inline VFloat exp_nonpositive(VFloat x) {
   const ReducedExp e = reduce_exp(x);
   // e^r is in [0.7, 1.42] and 2^n at least 2^-126: adding n to the exponent field multiplies exactly.
@@ -101,10 +99,10 @@ inline VFloat exp_nonpositive(VFloat x) {
   return x < splat(-87.3f) ? splat(0.0f) : product;
 }
 
-// tanh(y / 2) = (e^y - 1) / (2 + (e^y - 1)). The numerator is formed without 1, so small y keep their relative accuracy
-// (3e-7).
+// tanh(y / 2) = (e^y - 1) / (2 + (e^y - 1)). e^y - 1 is computed without cancellation, so small y keep their relative
+// accuracy (3e-7).
 inline VFloat tanh_of_half(VFloat y) {
-  const VFloat low = splat(-20.0f), high = splat(20.0f);  // tanh(10) rounds to 1; a NaN passes both comparisons
+  const VFloat low = splat(-20.0f), high = splat(20.0f);  // tanh(10) rounds to 1; NaN passes through both
   y = low > y ? low : y;
   y = high < y ? high : y;
   const ReducedExp e = reduce_exp(y);

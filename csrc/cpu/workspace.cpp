@@ -18,7 +18,7 @@ struct Block {
 std::mutex kept_mutex;
 Block kept;
 
-// Leaves `block` as the kept one, and gives back what was kept.
+// Keeps `block` and returns the block kept before.
 Block exchange_kept(Block block) {
   const std::lock_guard<std::mutex> lock(kept_mutex);
   return std::exchange(kept, block);
@@ -38,7 +38,7 @@ Block allocate(size_t bytes) {
 Workspace::Workspace(size_t bytes) {
   Block block = exchange_kept({});
   if (block.bytes < bytes) {
-    std::free(block.data);  // before the new block: both at once may be too much
+    std::free(block.data);  // before allocating: memory may not hold both
     block = allocate(bytes);
   } else if (block.data == nullptr) {
     block = allocate(bytes);

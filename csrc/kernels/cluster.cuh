@@ -1,5 +1,5 @@
-// The thread-block cluster that a block belongs to. Before sm_90 there are none, and the functions describe a cluster
-// of one block; the launchers never start a cluster kernel there.
+// The thread-block cluster of the calling block. Before sm_90 there are no clusters: the functions describe one of a
+// single block, and the launchers never start a cluster kernel.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -21,7 +21,7 @@ __device__ __forceinline__ const T* shared_of_rank(T* address, unsigned) {
 __device__ __forceinline__ unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
 __device__ __forceinline__ unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
 __device__ __forceinline__ void cluster_sync() { cooperative_groups::this_cluster().sync(); }
-// The same variable of another block's shared memory; that block must not end before it is read.
+// The same variable in another block's shared memory; that block must not exit before the read.
 template <typename T>
 __device__ __forceinline__ const T* shared_of_rank(T* address, unsigned rank) {
   return cooperative_groups::this_cluster().map_shared_rank(address, rank);

@@ -1,5 +1,5 @@
-// Sums down the columns of a matrix by one block: each warp takes every 16th row, each lane one vector of columns, and
-// the warps' sums meet in shared memory. A fixed order, no atomics.
+// Column sums of a matrix by one block: each warp adds every 16th row, each lane one vector of columns, and the warps'
+// sums are combined in shared memory. Fixed order, no atomics.
 #pragma once
 #include "kernels/numeric.cuh"
 #include "kernels/reduce.cuh"
@@ -9,7 +9,7 @@ namespace mtp {
 constexpr int kColumnThreads = 512;
 constexpr int kColumnWarps = kColumnThreads / kWarp;
 
-// A vector of a row, from `column` on; columns from `size` on are 0. kWidth 1: the matrix has no alignment.
+// Loads a vector of a row from `column`, with 0 past `size`. kWidth 1: the matrix is not aligned.
 template <typename scalar_t, int kWidth>
 __device__ __forceinline__ void load_columns(const scalar_t* row, int64_t column, int64_t size,
                                              float (&values)[kWidth]) {
@@ -23,7 +23,7 @@ __device__ __forceinline__ void load_columns(const scalar_t* row, int64_t column
   for (int j = 0; j < kWidth; ++j) values[j] = column + j < size ? to_float(row[column + j]) : 0.0f;
 }
 
-// Sums add(row, values) over rows [begin, end); the result is in warp 0's lanes. `scratch` [kColumnThreads * kWidth].
+// Calls add(row, sums) for rows [begin, end); the result is in warp 0's lanes. `scratch` [kColumnThreads * kWidth].
 template <int kWidth, typename AddRow>
 __device__ __forceinline__ void sum_columns(int64_t begin, int64_t end, float* scratch, const AddRow& add,
                                             float (&sums)[kWidth]) {

@@ -14,14 +14,14 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kWarpClasses = 16;
 constexpr int kBlockClasses = kWarps * kWarpClasses;
-constexpr int kWidth = 8;                            // elements of a 16-byte vector
-constexpr int kStepWidth = 4 * kWidth;               // of D, that a warp multiplies at once: a vector per lane and row
-constexpr int kChunkWidth = 8 * kStepWidth;          // of D, that the rows are held in shared memory for
-constexpr int kRowPitch = kChunkWidth + 4 * kWidth;  // so that two rows do not meet in the same banks
+constexpr int kWidth = 8;                            // elements per 16-byte vector
+constexpr int kStepWidth = 4 * kWidth;               // elements of D per warp step: a vector per lane and row
+constexpr int kChunkWidth = 8 * kStepWidth;          // elements of D of the rows held in shared memory
+constexpr int kRowPitch = kChunkWidth + 4 * kWidth;  // padded, so that two rows do not share banks
 constexpr int kLogitPitch = kBlockClasses + 1;
 constexpr int kMergeThreads = 256;
 
-// A class and its logit; better is larger, of equals the lower class.
+// A class and its logit. The larger logit is better; ties go to the lowest class.
 struct Candidate {
   float logit;
   int id;
@@ -32,7 +32,7 @@ __device__ __forceinline__ bool better(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
 
-// The sum of exponentials relative to the largest logit.
+// Sum of exponentials relative to the largest logit.
 struct PartialLse {
   float max, sum;
 };
@@ -66,7 +66,7 @@ __host__ __device__ inline Workspace workspace_of(const DecodeParams& p, int64_t
   return {lse, reinterpret_cast<Candidate*>(lse + p.rows * blocks)};
 }
 
-// The rows' elements [begin, begin + kChunkWidth) to shared memory; zeros past the last row and past D.
+// Loads the rows' elements [begin, begin + kChunkWidth) into shared memory; zeros past the last row and past D.
 template <typename scalar_t>
 __device__ __forceinline__ void load_rows(const DecodeParams& p, int64_t begin, int padded_rows, scalar_t* chunk) {
   constexpr int kVectors = kChunkWidth / kWidth;
@@ -86,8 +86,8 @@ __device__ __forceinline__ uint4 load_class(const DecodeParams& p, int64_t id, i
   return __ldg(reinterpret_cast<const uint4*>(static_cast<const scalar_t*>(p.weight) + id * p.weight_stride + d));
 }
 
-// Two products of 16 elements of D each. A lane's vector holds 8 neighbours of D, not the 2 + 2 that the instruction's
-// table asks for; the order of D does not matter as long as both operands have the same one.
+// Two products over 16 elements of D each. A lane's vector holds 8 consecutive elements of D, not the 2 + 2 of the
+// instruction's layout; any order of D is correct as long as both operands use it.
 template <typename scalar_t, int kTiles>
 __device__ __forceinline__ void multiply_step(uint4 low, uint4 high, const scalar_t* rows, float (&c)[kTiles][4]) {
   const unsigned a[2][4] = {{low.x, high.x, low.y, high.y}, {low.z, high.z, low.w, high.w}};
@@ -100,7 +100,7 @@ __device__ __forceinline__ void multiply_step(uint4 low, uint4 high, const scala
   }
 }
 
-// By a warp: the block's largest logits of one row, and their part of the log-sum-exp.
+// By one warp: the block's top-k logits of one row, and its part of the log-sum-exp.
 __device__ __forceinline__ void reduce_row(const DecodeParams& p, const float* logits, int64_t first_class,
                                            PartialLse* lse, Candidate* best) {
   constexpr int kPerLane = kBlockClasses / kWarp;
@@ -120,7 +120,7 @@ __device__ __forceinline__ void reduce_row(const DecodeParams& p, const float* l
   sum = warp_reduce(sum, Sum{});
   if (lane == 0) *lse = {max, sum};
   Candidate last{INFINITY, -1};
-  for (int k = 0; k < p.top; ++k) {  // the best of those that come after the last one
+  for (int k = 0; k < p.top; ++k) {  // the best candidate worse than the last one
     Candidate next{-INFINITY, kNobody};
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i)
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   const int64_t id = first_class + warp * kWarpClasses + group;
   float c[kTiles][4] = {};
   for (int64_t begin = 0; begin < p.width; begin += kChunkWidth) {
-    __syncthreads();  // the last chunk has been read
+    __syncthreads();  // every thread has read the previous chunk
     load_rows(p, begin, kTiles * 8, chunk);
     __syncthreads();
 #pragma unroll 4
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
     }
   }
   __syncthreads();
-  float* const logits = dynamic_shared_memory<float>();  // [rows, kLogitPitch], in the chunk's place
+  float* const logits = dynamic_shared_memory<float>();  // [rows, kLogitPitch], over the chunk
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
@@ -166,12 +166,12 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
   }
 }
 
-// One block per row, over what the blocks of decode_kernel found.
+// One block per row: merges the results of decode_kernel's blocks.
 __global__ void __launch_bounds__(kMergeThreads)
     merge_decode_kernel(const __grid_constant__ DecodeParams p, const int64_t blocks) {
   constexpr int kMergeWarps = kMergeThreads / kWarp;
   float* const scratch = dynamic_shared_memory<float>();
-  Candidate* const warp_bests = reinterpret_cast<Candidate*>(scratch + 2 * kMergeWarps);  // [2][kMergeWarps], in turn
+  Candidate* const warp_bests = reinterpret_cast<Candidate*>(scratch + 2 * kMergeWarps);  // double-buffered
   const int64_t row = blockIdx.x;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const Workspace workspace = workspace_of(p, blocks);
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     __syncthreads();
     last = warp_best(bests[lane % kMergeWarps]);
     if (threadIdx.x == 0) {
-      const bool found = last.id < p.vocab_size;  // else no more logits are numbers; callers index by what they get
+      const bool found = last.id < p.vocab_size;  // else only NaN is left; callers index by the id
       p.top_logits[row * p.top + k] = found ? last.logit : NAN;
       p.top_ids[row * p.top + k] = found ? last.id : 0;
     }

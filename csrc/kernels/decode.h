@@ -1,18 +1,16 @@
-// Decoding: for a few hidden rows, the best classes of the unembedding and the log-sum-exp, without writing the logits.
+// Decoding: the top-k classes and the log-sum-exp of a few hidden rows, without writing the logits.
 //
 //   l[r, v] = sum_d hidden[r, d] weight[v, d]       lse[r] = log sum_v exp(l[r, v])
-//   top_ids[r, :], top_logits[r, :]: the k largest l[r, :], largest first, of equals the lowest class; [:, 0] is the
-//   argmax
+//   top_ids[r, :], top_logits[r, :]: the k largest l[r, :], descending; ties go to the lowest class. [:, 0]: argmax
 //
 // Shapes    hidden [R, D], R <= 64; weight [V, D]; both bfloat16 or float16; top_logits [R, k] float32, top_ids [R, k]
-//           int32, k <= 16; lse [R] float32. workspace of decode_workspace_bytes(R, V, k).
-// Cost      one read of the weight, V D 2 bytes, whatever R is; bandwidth bound. n heads that share the unembedding are
-//           n R rows of one call. More than 64 rows are a GEMM's work.
-// Launch    one block of 512 threads per 256 classes: each warp multiplies 16 classes with all rows on the tensor
-// cores,
-//           the rows' elements in shared memory; then one block per row merges the blocks' results. Deterministic.
-// Numerics  float32 sums; the logits are never rounded. A NaN is no logit: it makes lse NaN, and where fewer than k
-//           logits are left, the rest of the row is NaN and class 0.
+//           int32, k <= 16; lse [R] float32; workspace of decode_workspace_bytes(R, V, k).
+// Cost      one read of the weight, 2 V D bytes for any R; bandwidth bound. n heads that share the unembedding are
+//           n R rows of one call. Use a GEMM for more than 64 rows.
+// Launch    one block of 512 threads per 256 classes: each warp multiplies 16 classes by all rows on tensor cores, the
+//           rows in shared memory; then one block per row merges the blocks' results. Deterministic.
+// Numerics  float32 sums; the logits are never rounded. NaN logits are never selected but make lse NaN; with fewer than
+//           k other logits, the rest of the row is filled with logit NaN and class 0.
 // Caller    D a multiple of 8; rows of hidden and weight aligned to 16 bytes; V >= k.
 #pragma once
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// Starting a kernel, with or without clusters, and the limits of the device that it starts on.
+// Kernel launches, with or without clusters, and the limits of the device.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -17,11 +17,11 @@ struct LaunchShape {
 
 struct DeviceLimits {
   bool has_clusters = false;
-  size_t shared_per_block = 0;  // with permission
+  size_t shared_per_block = 0;  // with opt-in
   size_t shared_per_multiprocessor = 0;
 };
 
-// Of the current device. The runtime keeps these numbers: no call to the driver, no synchronisation.
+// Limits of the current device. The runtime caches them: no driver call, no GPU sync.
 inline cudaError_t device_limits(DeviceLimits* limits) {
   int device = 0, major = 0, per_block = 0, per_multiprocessor = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -33,8 +33,8 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
   return error;
 }
 
-// Lets a kernel have the shared memory of a shape. It gets all that the device has, whatever the shape needs: with the
-// shape's own bytes, two host threads that launch one kernel with two sizes would take each other's permission away.
+// Opts a kernel in to shared memory beyond 48 KiB. It always grants the device's maximum: with the shape's own bytes,
+// two host threads that launch one kernel with two sizes could lower each other's limit before the launch.
 template <typename... Formal>
 cudaError_t permit_shared_memory(void (*kernel)(Formal...), const LaunchShape& shape) {
   if (shape.shared_bytes <= kSharedBytesWithoutPermission) return cudaSuccess;
@@ -45,7 +45,7 @@ cudaError_t permit_shared_memory(void (*kernel)(Formal...), const LaunchShape& s
                               static_cast<int>(limits.shared_per_block));
 }
 
-// The runtime's description of a launch. `attribute` has to live as long as the result.
+// `attribute` must live as long as the result, which points to it.
 inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t stream, cudaLaunchAttribute* attribute) {
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
@@ -62,8 +62,8 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t s
   return config;
 }
 
-// Whether the current device can run a cluster of this shape; a partition with too few multiprocessors cannot. Asked
-// beforehand: a launch that is captured in a graph does not fail before the graph is made, if then.
+// Whether the current device can run a cluster of this shape; a partition with too few multiprocessors cannot. Queried
+// before the launch, because a launch captured in a graph fails only when the graph is created, if at all.
 template <typename... Formal>
 bool clusters_fit(void (*kernel)(Formal...), const LaunchShape& shape) {
   cudaLaunchAttribute attribute{};
@@ -71,7 +71,7 @@ bool clusters_fit(void (*kernel)(Formal...), const LaunchShape& shape) {
   int clusters = 0;
   cudaError_t error = permit_shared_memory(kernel, shape);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  if (error != cudaSuccess) cudaGetLastError();  // an answer, not a failure
+  if (error != cudaSuccess) cudaGetLastError();  // clears the error: an answer, not a failure
   return error == cudaSuccess && clusters > 0;
 }
 

@@ -9,20 +9,19 @@ namespace {
 
 static_assert(sizeof(RowStatistics) == kRowStatistics * sizeof(double), "statistics are a table of doubles");
 
-// How a row is divided over the blocks of a cluster; 0 blocks: not at all, the row is read twice.
+// How a row is split over the blocks of a cluster; 0 blocks: no cache, the row is read twice.
 struct CachePlan {
   unsigned blocks = 0;
   size_t shared_bytes = 0;
 };
 
 size_t cache_bytes(int64_t vocab_size, int width, unsigned blocks) {
-  const auto vectors = static_cast<size_t>(vocab_size / width + 2);  // the two ends of an unaligned row
+  const auto vectors = static_cast<size_t>(vocab_size / width + 2);  // + 2: the ends of an unaligned row
   return sizeof(CachedRowScratch) + (vectors + blocks - 1) / blocks * kVectorBytes;
 }
 
-// One block alone reads, then computes, then writes: two blocks per multiprocessor overlap, three better. A row for
-// which two blocks do not fit is divided over the smallest cluster whose blocks fit three times, or twice for the
-// largest.
+// A single block reads, then computes, then writes; two blocks per multiprocessor overlap these, three do so better. A
+// row of which two blocks do not fit is split over the smallest cluster of which three do, or two for the largest.
 CachePlan plan_cache(int64_t vocab_size, int width, const DeviceLimits& limits) {
   constexpr size_t kReservedPerBlock = 1024;
   const auto fit = [&](size_t bytes) {

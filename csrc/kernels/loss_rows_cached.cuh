@@ -1,5 +1,5 @@
-// The row kernel that keeps a row in shared memory between its three passes: maximum, sum of exponentials, gradient. A
-// row too long for one block is divided over the blocks of a cluster, which exchange five numbers each.
+// The row kernel that keeps a row in shared memory across its three passes: maximum, sum of exponentials, gradient. A
+// row too long for one block is split over the blocks of a cluster, which exchange five numbers each.
 #pragma once
 #include "kernels/cluster.cuh"
 #include "kernels/loss_rows_parts.cuh"
@@ -16,7 +16,7 @@ struct alignas(kVectorBytes) CachedRowScratch {
   RowGradient gradient;
 };
 
-// The row's part from those of all blocks, in warp 0's lanes.
+// Merges the parts of all blocks of the cluster; the result is in warp 0's lanes.
 __device__ __forceinline__ RowPart merge_cluster(CachedRowScratch& scratch, unsigned blocks) {
   constexpr int kLargestCluster = 8;
   RowPart part;
@@ -25,13 +25,13 @@ __device__ __forceinline__ RowPart merge_cluster(CachedRowScratch& scratch, unsi
   return merge_lanes<kLargestCluster>(part);
 }
 
-// Two blocks per multiprocessor is what the launcher counts on; three fit where a row is short enough.
+// The launcher relies on two blocks per multiprocessor; three fit if the row is short enough.
 template <typename scalar_t, Logits kLogits, Blocks kBlocks>
 __global__ void __launch_bounds__(kLossThreads, kLogits == Logits::kPlain ? 3 : 2)
     loss_rows_cached_kernel(const __grid_constant__ LossRowsParams<float> p, const int64_t num_rows) {
   constexpr int kWidth = kVectorWidth<scalar_t>;
   constexpr bool kPlain = kLogits == Logits::kPlain;
-  [[maybe_unused]] constexpr int kUnroll = kPlain ? 4 : 1;  // tanh needs the registers, and hides the latency by itself
+  [[maybe_unused]] constexpr int kUnroll = kPlain ? 4 : 1;  // tanh needs the registers and hides the latency
   CachedRowScratch& scratch = *dynamic_shared_memory<CachedRowScratch>();
   uint4* const cache = reinterpret_cast<uint4*>(&scratch + 1);
   const int thread = static_cast<int>(threadIdx.x);
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kLossThreads, kLogits == Logits::kPlain ? 3 : 
   const int per_block = (row.memory.count() + static_cast<int>(blocks) - 1) / static_cast<int>(blocks);
   const int begin = static_cast<int>(rank) * per_block;
   const int end = begin + per_block < row.memory.count() ? begin + per_block : row.memory.count();
-  if (flat_row < 0) {  // the same for every block of the cluster
+  if (flat_row < 0) {  // uniform across the cluster
     for (int i = begin + thread; i < end; i += kLossThreads) row.write_zeros(i);
     return;
   }
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kLossThreads, kLogits == Logits::kPlain ? 3 : 
   }
   part = merge_block(part, scratch.warp_max);  // its barrier also publishes scratch.target
 
-  // The sum over the other classes keeps its own precision (see core/row_loss.h): the target leaves the cache.
+  // The sum excludes the target (see core/row_loss.h): a plain row replaces it by -inf in the cache.
   const int column = scratch.target.column;
   const int target_vector = column < 0 ? -1 : row.memory.vector_of(column);
   const bool owns_target =
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kLossThreads, kLogits == Logits::kPlain ? 3 : 
     scratch.target.logit = row.logit(to_float(element), column);
     if (kPlain) from_float(-INFINITY, &element);
   }
-  // From global memory: in the cache another thread may have replaced the target by now.
+  // Reads global memory: another thread may already have replaced the target in the cache.
   if (thread == 0) part.position = row.first_of_largest(part.position);
   const float shift = part.max == -INFINITY ? 0.0f : part.max;
   const bool smoothed = !kPlain && p.options.label_smoothing > 0.0;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kLossThreads, kLogits == Logits::kPlain ? 3 : 
     }
     part.sum += sum_exp(l, shift);
   }
-  const int argmax = part.position;  // thread 0's
+  const int argmax = part.position;  // valid in thread 0
   part = merge_block(part, scratch.warp_sum);
   if (thread == 0) {
     part.position = argmax;
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kLossThreads, kLogits == Logits::kPlain ? 3 : 
 #pragma unroll kUnroll
   for (int i = begin + thread; i < end; i += kLossThreads) row.write_gradient(cache[i - begin], i, gradient);
   if (owns_target) from_float(gradient.target_grad, &row.memory.at(column));
-  if constexpr (kBlocks == Blocks::kCluster) cluster_sync();  // nobody ends while its block_part may be read
+  if constexpr (kBlocks == Blocks::kCluster) cluster_sync();  // nobody exits while its block_part may be read
 }
 
 }  // namespace mtp

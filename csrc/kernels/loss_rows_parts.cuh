@@ -1,4 +1,4 @@
-// What the row kernels of the loss have in common: a row's target, its logits, the merging of partial results, its end.
+// Shared parts of the loss row kernels: a row's target, its logits, merging of partial results, the final formula.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,23 +12,23 @@ namespace mtp {
 
 constexpr int kLossThreads = 512;
 constexpr int kLossWarps = kLossThreads / kWarp;
-constexpr int kNowhere = 0x7fffffff;  // no position yet: loses every comparison for the first of equals
+constexpr int kNowhere = 0x7fffffff;  // no position yet; loses every tie
 
-// Whether the logits are the GEMM's output as it is, or pass through scale, bias or cap, or have a smoothed target.
-// Each of these costs per element, so that a plain row has a kernel without them.
+// kPlain: the logits are the GEMM's output. kGeneral: scale, bias, softcap or label smoothing, each of which costs time
+// per element, so plain rows have a kernel without them.
 enum class Logits { kPlain, kGeneral };
 
-// The part of a row's result that some of its elements make. `position` is where the maximum is first met.
+// Partial result of some of a row's elements. `position` is the first position of the maximum.
 struct RowPart {
   float max = -INFINITY;
-  float sum = 0.0f;  // over v != y of exp(l_v - max), or of exp(l_v) = 0 while max is -inf
+  float sum = 0.0f;  // over v != y of exp(l_v - max); 0 while max is -inf
   float weighted_sum = 0.0f;
   float target_logit = 0.0f;
   int position = kNowhere;
 };
 
 __device__ __forceinline__ float rescaled_sum(const RowPart& part, float max) {
-  return part.max == max ? part.sum : part.sum * exp_shifted(part.max, max);  // equal -inf would make NaN
+  return part.max == max ? part.sum : part.sum * exp_shifted(part.max, max);  // (-inf) - (-inf) would be NaN
 }
 
 // Commutative, so that both lanes of a butterfly get the same bits.
@@ -53,7 +53,7 @@ __device__ __forceinline__ RowPart merge_lanes(RowPart part) {
   return part;
 }
 
-// Every thread gets the block's part. `warp_parts` [kLossWarps] must not be in use by an earlier call.
+// Returns the block's part to every thread. `warp_parts` [kLossWarps] must not be in use by an earlier call.
 __device__ __forceinline__ RowPart merge_block(RowPart part, RowPart* warp_parts) {
   part = merge_lanes<kWarp>(part);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -62,11 +62,11 @@ __device__ __forceinline__ RowPart merge_block(RowPart part, RowPart* warp_parts
   return merge_lanes<kLossWarps>(warp_parts[lane % kLossWarps]);
 }
 
-// What a row needs beside its logits. One thread finds it: the divisions of TargetRule::locate are slow.
+// A row's inputs besides its logits, found by one thread: the divisions of TargetRule::locate are slow.
 struct RowTarget {
-  int column;          // of the target in these logits; -1 where another shard holds it, or none
-  float logit;         // where column is -1: 0, or NaN if the target is no class at all
-  float class_weight;  // 0 where column is -1
+  int column;          // of the target in these logits; -1 if another shard or none holds it
+  float logit;         // if column is -1: 0, or NaN for a target outside the whole vocabulary
+  float class_weight;  // 0 if column is -1
   float weight, lse_grad;
 };
 
@@ -83,12 +83,12 @@ __device__ __forceinline__ RowTarget find_target(const LossRowsParams<float>& p,
           p.lse_grad == nullptr ? 0.0f : p.lse_grad[row]};
 }
 
-// What writing the gradient needs of the finished row.
+// Results of a finished row that its gradient needs.
 struct RowGradient {
   float max, prob_scale, uniform, target_grad;
 };
 
-// One row's logits: vectors as they lie in memory, and what they mean.
+// One row of logits: its vectors in memory, and their transformation to l.
 template <typename scalar_t, Logits kLogits>
 class LogitRow {
  public:
@@ -136,7 +136,7 @@ class LogitRow {
     return sum;
   }
 
-  // The first column of a vector at which its largest logit is; the row's first for a vector without one.
+  // First column of the largest logit in a vector; 0 if there is none.
   __device__ __forceinline__ int first_of_largest(int vector) const {
     if (vector == kNowhere) return 0;
     float l[kWidth];
@@ -153,7 +153,7 @@ class LogitRow {
     return column;
   }
 
-  // Overwrites a vector with its gradient. The target's element comes out wrong, and is for the caller to write.
+  // Overwrites a vector with its gradient. The target's element is wrong: the caller must write it.
   __device__ __forceinline__ void write_gradient(uint4 bits, int vector, const RowGradient& row) const {
     float l[kWidth], gradient[kWidth];
     logits(bits, vector, l);
@@ -210,17 +210,17 @@ __device__ __forceinline__ float sum_exp(const float (&l)[kWidth], float shift) 
 
 using DeviceRowStatistics = BasicRowStatistics<float>;
 
-// By one thread: writes the row's tables and returns what its gradient needs. `argmax` apart: a float holds no class
-// beyond 2^24.
+// Called by one thread: writes the row's tables and returns what its gradient needs. `argmax` is not taken from the
+// statistics because a float is exact only up to 2^24.
 template <Logits kLogits>
 __device__ __forceinline__ RowGradient finish(const LossRowsParams<float>& p, int64_t row, const RowTarget& target,
                                               const DeviceRowStatistics& statistics, int64_t argmax,
                                               bool write_tables) {
   RowOptions options = p.options;
   if constexpr (kLogits == Logits::kPlain) {
-    options.label_smoothing = 0.0;  // known here: the terms of smoothing cost registers that three blocks do not have
+    options.label_smoothing = 0.0;  // a constant here: the smoothing terms need registers that three blocks do not have
   } else if (p.class_weight_total != nullptr) {
-    options.class_weight_sum = static_cast<double>(*p.class_weight_total);
+    options.class_weight_sum = *p.class_weight_total;
   }
   const BasicRowLoss<float> result = finish_row(statistics, options, target.weight, target.lse_grad);
   if (write_tables) p.tables.write(row, result.loss, result.lse, argmax);

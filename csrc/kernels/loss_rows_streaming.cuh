@@ -1,6 +1,6 @@
-// The row kernel that holds nothing of a row: one read for maximum and sum of exponentials together, one read and write
-// for the gradient. For rows that fit no cache, and for either half alone: the loss without its gradient, and the two
-// stages of a sharded vocabulary.
+// The row kernel without a cache: one read for the maximum and the sum of exponentials together, one read and one write
+// for the gradient. For rows that do not fit in shared memory, and for either half alone: the loss without its
+// gradient, and the two stages of a sharded vocabulary.
 #pragma once
 #include "kernels/loss_rows_parts.cuh"
 #include "kernels/shared_memory.cuh"
@@ -13,7 +13,7 @@ struct alignas(kVectorBytes) StreamingRowScratch {
   RowGradient gradient;
 };
 
-// This thread's vectors of the row, in one read: the sum follows the running maximum.
+// Online softmax over this thread's vectors of the row: the sum is rescaled to the running maximum.
 template <typename scalar_t, Logits kLogits>
 __device__ __forceinline__ RowPart scan_row(const LogitRow<scalar_t, kLogits>& row, int column, bool smoothed) {
   constexpr int kWidth = kVectorWidth<scalar_t>;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kLossThreads, 2)
   __syncthreads();
   const int column = scratch.target.column;
 
-  DeviceRowStatistics statistics{};  // these two are thread 0's
+  DeviceRowStatistics statistics{};  // this and argmax are valid in thread 0
   int64_t argmax = p.vocab_start;
   if (p.stage == Stage::kGradient) {
     if (thread == 0) {

@@ -1,9 +1,9 @@
-// One tensor-core product of a warp: C[16, 8] += A[16, 16] B[16, 8], 16-bit operands, float32 sums. With g = lane / 4
+// One tensor-core product per warp: C[16, 8] += A[16, 16] B[16, 8], 16-bit operands, float32 sums. With g = lane / 4
 // and t = lane % 4, a lane holds, in words of two elements,
 //   a[0], a[1], a[2], a[3]: A[g, 2t..], A[g + 8, 2t..], A[g, 2t + 8..], A[g + 8, 2t + 8..]
 //   b[0], b[1]:             B[2t.., g], B[2t + 8.., g]
 //   c[0..3]:                C[g, 2t], C[g, 2t + 1], C[g + 8, 2t], C[g + 8, 2t + 1]
-// On the host the emulator gathers the operands from the lanes by this very table.
+// On the host the emulator gathers the operands from the lanes by the same table.
 #pragma once
 #include "kernels/numeric.cuh"
 

@@ -1,4 +1,4 @@
-// Element types: conversion to float32 and back, sixteen bytes at a time; and the fast exponential.
+// Conversion of element types to float32 and back, 16 bytes at a time; the fast exponential.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -9,14 +9,14 @@
 
 namespace mtp {
 
-constexpr int kVectorBytes = 16;  // the widest access of one thread
+constexpr int kVectorBytes = 16;  // the widest access of a thread
 template <typename scalar_t>
 constexpr int kVectorWidth = kVectorBytes / static_cast<int>(sizeof(scalar_t));
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// 2^x with a relative error of 2^-22, subnormal results 0. exp2f without fast-math surrounds the same instruction with
-// corrections for subnormal numbers, which an exponential of (logit - maximum) does not need.
+// 2^x with relative error 2^-22; subnormal results are 0. Without fast-math, exp2f wraps the same instruction in
+// corrections for subnormal numbers, which exp(logit - maximum) does not need.
 __device__ __forceinline__ float exp2_approx(float x) {
 #if defined(__CUDA_ARCH__)
   float result;
@@ -27,7 +27,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
-// exp(x - max). The difference is formed first: it is exact near the maximum, where the large terms are, whereas
+// exp(x - max). Subtracts first: the difference is exact near the maximum, where the large terms are, whereas
 // x * log2(e) - max * log2(e) would carry the rounding error of the second product.
 __device__ __forceinline__ float exp_shifted(float x, float max) { return exp2_approx((x - max) * kLog2E); }
 
@@ -47,7 +47,7 @@ __device__ __forceinline__ to_t bit_cast(from_t x) {
   return result;
 }
 
-// The two 16-bit elements of a word, and back with one rounding each.
+// Unpacks the two 16-bit elements of a word; pack_pair rounds each once.
 template <typename scalar_t>
 __device__ __forceinline__ float2 unpack_pair(unsigned word);
 template <>

@@ -1,4 +1,4 @@
-// Reductions over the threads of a warp and of a block, in a fixed order: the same bits at every run.
+// Warp and block reductions in a fixed order: bitwise reproducible.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -20,7 +20,7 @@ struct Minimum {
   }
 };
 
-// Every lane gets the result; `combine` is commutative, so that both lanes of a butterfly agree.
+// Returns the result to every lane; `combine` must be commutative, so that both lanes of a butterfly agree.
 template <int kLanes = kWarp, typename T, typename Combine>
 __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
 #pragma unroll
@@ -28,7 +28,7 @@ __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
   return value;
 }
 
-// Every thread gets the result. `scratch` [kThreads / 32] in shared memory must not be in use by an earlier call.
+// Returns the result to every thread. `scratch` [kThreads / 32] in shared memory must not be in use by an earlier call.
 template <int kThreads, typename T, typename Combine>
 __device__ __forceinline__ T block_reduce(T value, Combine combine, T* scratch) {
   constexpr int kWarps = kThreads / kWarp;

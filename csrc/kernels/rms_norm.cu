@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kSegmentRows = 512;  // of the weight's gradient: 32 rows a warp, and enough blocks at D = 1024
+constexpr int64_t kSegmentRows = 512;  // of the weight gradient: 32 rows per warp, and enough blocks at D = 1024
 
 int64_t segments_of(int64_t rows) { return rows == 0 ? 1 : (rows + kSegmentRows - 1) / kSegmentRows; }
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ void* row_of(void* matrix, int64_t row, int64_t width
   return static_cast<scalar_t*>(matrix) + row * width;
 }
 
-// A vector's worth of float32, sixteen bytes at a time.
+// kWidth floats, 16 bytes at a time.
 template <int kWidth>
 __device__ __forceinline__ void load_floats(const float* from, float (&values)[kWidth]) {
 #pragma unroll
@@ -44,7 +44,7 @@ __device__ __forceinline__ void store_floats(float* to, const float (&values)[kW
     *reinterpret_cast<float4*>(to + j) = make_float4(values[j], values[j + 1], values[j + 2], values[j + 3]);
 }
 
-// A thread meets the same vectors in every loop, so that what it stores in `row` needs no barrier.
+// Each thread visits the same vectors in every loop, so `row` needs no barrier.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) rms_norm_forward_kernel(const __grid_constant__ RmsNormForwardParams p) {
   constexpr int kWidth = kVectorWidth<scalar_t>;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_backward_kernel(const __gri
   }
 }
 
-// One segment of rows of the weight's gradient, for one head and 32 vectors of columns.
+// Weight gradient over one segment of rows, for one head and 32 vectors of columns.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kColumnThreads)
     rms_norm_weight_kernel(const __grid_constant__ RmsNormBackwardParams p) {

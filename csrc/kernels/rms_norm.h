@@ -8,9 +8,9 @@
 //           float32; rstd [T] float32. partial: workspace of rms_norm_partials(T, n, D) float32.
 // Cost      forward: one read of x, n writes. Backward: two reads of dy and x, one write. Bandwidth bound.
 // Launch    forward and dx: one block of 256 threads per row, the row in shared memory as float32. dw: blocks over
-//           columns, heads and segments of rows, then a sum over the segments. No atomics: deterministic.
+//           columns, heads and segments of rows, then a sum over the segments. Deterministic: no atomics.
 // Numerics  float32.
-// Caller    D is a multiple of 16 bytes; pointers aligned to 16 bytes; n, T >= 0.
+// Caller    rows of D elements are a multiple of 16 bytes; pointers aligned to 16 bytes; T >= 0; n >= 1 for backward.
 #pragma once
 #include <cuda_runtime_api.h>
 

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kLargestGrid = 4096;
-constexpr int kGroup = 8;  // elements that a thread takes at once: one vector in 16 bits, two in 32
+constexpr int kGroup = 8;  // elements per thread and step: one vector of 16-bit elements, two of float32
 
 template <typename scalar_t>
 __device__ __forceinline__ void load_group(const scalar_t* x, float (&values)[kGroup]) {

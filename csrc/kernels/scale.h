@@ -1,13 +1,13 @@
-// A tensor times a scalar that is on the device, so that no host waits for its value: what backward does with gradients
-// that were taken in the forward.
+// Multiplies a tensor by a scalar on the device, without a GPU sync: the backward scales gradients that the forward has
+// computed.
 //
 //   out[i] = round(*scale * x[i])
 //
 // Shapes    x, out: n elements each, contiguous, float32, bfloat16 or float16, in any combination; scale one float32.
-// Cost      one read and one write; in place with a scale of 1, nothing but the scalar.
+// Cost      one read and one write; in place with a scale of 1, only the scalar is read.
 // Launch    at most 4096 blocks of 256 threads, each over its share of the vectors.
 // Numerics  float32, one rounding.
-// Caller    out may be x itself (same dtype), else they do not overlap.
+// Caller    out is x itself (same dtype) or does not overlap it.
 #pragma once
 #include <cuda_runtime_api.h>
 

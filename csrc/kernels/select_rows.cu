@@ -17,7 +17,7 @@ constexpr int64_t kNoRow = INT64_MAX;
 
 int64_t tiles_of(int64_t rows_per_head) { return rows_per_head == 0 ? 1 : (rows_per_head + kTileRows - 1) / kTileRows; }
 
-// The rows of one head that one block looks at, kThreads at a time.
+// The rows of one head that one block processes, kThreads at a time.
 struct Tile {
   int64_t head, first, rows_per_head;
 
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) count_rows_kernel(const __grid_const
   if (threadIdx.x == 0) p.tiles[blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x] = {first_invalid, count};
 }
 
-// Sums and minimum over the tiles, by a whole block: rows before this block's tile, rows in all, rows of its head.
+// Totals over all tiles, by a whole block: rows before this block's tile, all rows, rows of its head.
 struct TileTotals {
   int64_t before = 0, all = 0, of_head = 0, first_invalid_row = kNoRow;
 };
@@ -79,7 +79,7 @@ constexpr size_t kPlaceScratch = 4 * kWarps * sizeof(int64_t) + 2 * kWarps * siz
 
 __global__ void __launch_bounds__(kThreads) place_rows_kernel(const __grid_constant__ SelectRowsParams p) {
   int64_t* const scratch = dynamic_shared_memory<int64_t>();
-  int* const warp_counts = reinterpret_cast<int*>(scratch + 4 * kWarps);  // [2][kWarps], in turn
+  int* const warp_counts = reinterpret_cast<int*>(scratch + 4 * kWarps);  // [2][kWarps]
   const TileTotals totals = read_tiles(p, scratch);
   if (threadIdx.x == 0 && blockIdx.x == 0) p.counts[blockIdx.y] = totals.of_head;
   if (threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0) {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) place_rows_kernel(const __grid_const
   for (int step = 0; step < kRowsPerThread; ++step) {
     const bool selected = tile.holds(step) && p.rule.counts(tile.locate(p.rule, step));
     const unsigned votes = __ballot_sync(kFullMask, selected ? 1 : 0);
-    int* const counts = warp_counts + step % 2 * kWarps;  // two sets: one barrier per step is enough
+    int* const counts = warp_counts + step % 2 * kWarps;  // double-buffered: one barrier per step
     if (lane == 0) counts[warp] = __popc(votes);
     __syncthreads();
     int before = __popc(votes & ((1u << lane) - 1)), in_step = 0;

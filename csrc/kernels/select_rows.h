@@ -1,11 +1,11 @@
-// The rows of the loss that carry a target, in order, and their number per head: the CUDA form of cpu/select_rows.h.
+// Lists the loss rows with a target, in order, and counts them per head: the CUDA form of cpu/select_rows.h.
 //
-// Shapes    rows [heads * B * seq_len]: the flat (head, b, s) index of every row that counts, ascending, then -1;
-//           counts [heads]; first_invalid [1]: of the first such row whose target is outside [0, vocab_size), the
-//           target's flat index into labels, or -1. tiles [select_rows_tiles()]: workspace.
+// Shapes    rows [heads * B * seq_len]: the flat (head, b, s) index of every row that counts, ascending, padded with
+//           -1; counts [heads]; first_invalid [1]: flat index into labels of the first of these rows' targets outside
+//           [0, vocab_size), or -1; tiles [select_rows_tiles()]: workspace.
 // Cost      two reads of the labels (and document ids) per head, one write of rows; a few microseconds.
-// Launch    two kernels of one block of 256 threads per tile of 4096 rows: count, then place. No atomics, and no host
-//           needs the numbers: deterministic, and the grid depends on the sizes alone.
+// Launch    two kernels, count and place, with one block of 256 threads per tile of 4096 rows. Deterministic: no
+//           atomics. No GPU sync: the grid depends on the sizes alone.
 // Numerics  integers.
 // Caller    1 <= heads < 2^16.
 #pragma once
@@ -16,7 +16,7 @@
 namespace mtp {
 
 struct SelectedTile {
-  int64_t first_invalid_row;  // or int64's maximum
+  int64_t first_invalid_row;  // INT64_MAX: none
   int64_t count;
 };
 

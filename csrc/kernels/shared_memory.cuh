@@ -1,5 +1,5 @@
-// A block's dynamic shared memory. All shared memory is dynamic, so that the blocks of a cluster can run side by side
-// on the host (tests/native/emulator).
+// A block's dynamic shared memory. Kernels use no static shared memory, so that the blocks of a cluster can run side by
+// side on the host (tests/native/emulator).
 #pragma once
 #include <cuda_runtime.h>
 

@@ -1,5 +1,5 @@
-// A row of any length at any address, as aligned vectors of sixteen bytes. The first and the last vector may reach past
-// the row: their elements outside are not read and not written.
+// A row of any length at any address, as aligned 16-byte vectors. The first and the last vector may extend past the
+// row; elements outside it are neither read nor written.
 #pragma once
 #include <cstdint>
 
@@ -12,7 +12,7 @@ class VectorRow {
  public:
   static constexpr int kWidth = kVectorWidth<scalar_t>;
 
-  // `row` is aligned to its element.
+  // `row` must be aligned to its element type.
   __device__ __forceinline__ VectorRow(scalar_t* row, int size) : size_(size) {
     lead_ = static_cast<int>(reinterpret_cast<uintptr_t>(row) % kVectorBytes / sizeof(scalar_t));
     base_ = row - lead_;
@@ -24,7 +24,7 @@ class VectorRow {
   __device__ __forceinline__ int vector_of(int column) const { return (column + lead_) / kWidth; }
   __device__ __forceinline__ bool holds(int column) const { return column >= 0 && column < size_; }
 
-  // Elements outside the row are `fill`, which scalar_t must hold exactly.
+  // Elements outside the row are `fill`, which scalar_t must represent exactly.
   __device__ __forceinline__ uint4 load(int vector, float fill) const {
     const int first = first_column(vector);
     if (first >= 0 && first + kWidth <= size_) return *address(vector);

@@ -1,4 +1,4 @@
-// Argument checks for direct callers of the ops, and the conversions from torch's types to the kernels'.
+// Argument checks for direct callers of the ops, and conversion of torch's types to the kernels'.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -41,7 +41,7 @@ inline void check_vector(const Tensor& x, int64_t size, ScalarType dtype, const 
                   size, " elements and of the kernel's dtype, got ", x.numel(), " elements");
 }
 
-// labels [B, label_len] and document_ids (the same shape), each with unit stride along a row.
+// labels [B, label_len] and document_ids (same shape) have unit stride along a row.
 inline TargetRule target_rule(const Tensor& labels, const OptionalTensor& document_ids,
                               const OptionalTensor& token_weights, int64_t seq_len, int64_t first_shift,
                               int64_t ignore_index) {

@@ -10,13 +10,13 @@
 namespace mtp {
 namespace {
 
-constexpr int64_t kTileRows = 4096;  // rows of the weight that are widened at once
+constexpr int64_t kTileRows = 4096;  // weight rows widened at once
 
 void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
-// out = beta out + a b; with beta 0 also where out holds what is not finite.
+// out = beta out + a b; with beta 0, non-finite values in out do not propagate.
 void addmm_out(const Tensor& out, const Tensor& a, const Tensor& b, double beta) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
 }
@@ -27,7 +27,7 @@ Tensor converted(const Tensor& x, ScalarType dtype) {
   return torch::stable::copy_(y, x);
 }
 
-// out (+)= x, elementwise, bfloat16 into float32.
+// out (+)= x, bfloat16 into float32.
 void add_bfloat16(const Tensor& x, const Tensor& out, bool accumulate) {
   const auto* from = static_cast<const BFloat16Bits*>(x.const_data_ptr());
   float* to = out.mutable_data_ptr<float>();
@@ -77,7 +77,7 @@ void ChunkGemmsCpu::add_grad_weight(const Tensor& z, const Tensor& h, const Tens
   if (z.scalar_type() == grad_weight.scalar_type()) {
     return addmm_out(grad_weight, transposed(z), h, accumulate ? 1.0 : 0.0);
   }
-  // torch's CPU GEMM has no float32 output for bfloat16 operands: one tile of products at a time.
+  // torch's CPU GEMM has no float32 output for bfloat16 operands: add its bfloat16 output a tile at a time.
   for (int64_t v = 0; v < weight_.size(0); v += kTileRows) {
     const int64_t size = std::min(kTileRows, weight_.size(0) - v);
     const Tensor product = empty_cpu({size, h.size(1)}, h.scalar_type());

@@ -1,4 +1,4 @@
-// Memory and views on the CPU by torch's C functions: those of torch/csrc/stable/ops.h go through the dispatcher, 2 us
+// CPU memory and views through torch's C shim: the functions of torch/csrc/stable/ops.h go through the dispatcher, 2 us
 // each, and a call of the loss needs a dozen.
 #pragma once
 #include <torch/csrc/stable/library.h>
@@ -21,7 +21,7 @@ inline int64_t element_size(ScalarType dtype) {
   return static_cast<int64_t>(aoti_torch_dtype_element_size(type_code(dtype)));
 }
 
-// Uninitialised and contiguous; where it is large, on huge pages.
+// Uninitialised and contiguous; on huge pages if large.
 inline Tensor empty_cpu(const int64_t* sizes, size_t dim, ScalarType dtype) {
   std::vector<int64_t> strides(dim);
   int64_t numel = 1;
@@ -39,7 +39,7 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) 
   return empty_cpu(sizes.begin(), sizes.size(), dtype);
 }
 
-// A view [rows, columns] of memory that outlives it.
+// A view [rows, columns] of `data`, which must outlive it.
 inline Tensor matrix_of(void* data, int64_t rows, int64_t columns, ScalarType dtype) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   AtenTensorHandle made = nullptr;
@@ -54,7 +54,7 @@ inline Tensor empty_like_cpu(const Tensor& x, ScalarType dtype) {
 
 inline void zero(Tensor x) { torch::stable::zero_(x); }
 
-// Another view of the memory of x; the offset is counted from where x begins.
+// A view of x's memory; the offset is relative to the start of x.
 inline Tensor reinterpreted(const Tensor& x, std::initializer_list<int64_t> sizes,
                             std::initializer_list<int64_t> strides, int64_t offset) {
   AtenTensorHandle view = nullptr;
@@ -68,7 +68,7 @@ inline Tensor transposed(const Tensor& x) {
   return reinterpreted(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)}, 0);
 }
 
-// x.narrow(dim, start, size) of a matrix; x itself where that is all of it.
+// x.narrow(dim, start, size) of a matrix; x itself if that is all of it.
 inline Tensor slice(const Tensor& x, int64_t dim, int64_t start, int64_t size) {
   if (size == x.size(dim)) return x;
   return reinterpreted(x, {dim == 0 ? size : x.size(0), dim == 1 ? size : x.size(1)}, {x.stride(0), x.stride(1)},

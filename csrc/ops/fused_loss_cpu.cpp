@@ -1,4 +1,4 @@
-// Schema of the loss of all heads on the CPU: lists unpacked, memory for the results, one FusedLoss run.
+// The op `_fused_loss_`: unpacks the lists, allocates the results, runs FusedLoss.
 #include "ops/fused_loss_cpu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -10,7 +10,7 @@
 namespace mtp {
 namespace {
 
-// n tensors [rows, width], from as many of any shape with so many elements, or from one that holds all of them.
+// n tensors [rows, width], from n of any shape with as many elements or from one that holds all heads.
 std::vector<Tensor> rows_of_heads(const std::vector<Tensor>& given, int64_t heads, int64_t rows, int64_t width) {
   std::vector<Tensor> found;
   if (static_cast<int64_t>(given.size()) != 1 || heads == 1) {
@@ -22,9 +22,9 @@ std::vector<Tensor> rows_of_heads(const std::vector<Tensor>& given, int64_t head
   return found;
 }
 
-// The order of the schema's lists: that of `LossCall.pack()` in mtp_ext/ops/loss/arguments.py, with what
-// mtp_ext/ops/loss/native_cpu.py appends. Few lists, and short ones: each costs as much as a small product. `tensors`
-// may end early.
+// Order of the schema's lists: that of `LossCall.pack()` in mtp_ext/ops/loss/arguments.py, plus what
+// mtp_ext/ops/loss/native_cpu.py appends. The lists are few and short because each costs as much as a small GEMM.
+// `tensors` may end early.
 enum FusedLossTensor {
   kLabels,
   kDocumentIds,
@@ -32,11 +32,11 @@ enum FusedLossTensor {
   kClassWeights,
   kBias,
   kHeadWeights,
-  kDivisor,  // 0-d: of every head's sum
+  kDivisor,  // 0-d: denominator of every head
   kRowScale,
   kLseGrad,
-  kGradWeight,  // appended: where to write or add the gradient; none: new memory
-  kGradBias,    // a running sum; likewise
+  kGradWeight,  // appended: output of the gradient; none: new memory
+  kGradBias,    // appended: running sum; none: new memory
 };
 enum FusedLossSize {
   kSeqLen,
@@ -46,16 +46,16 @@ enum FusedLossSize {
   kChunkRows,
   kWorkspaceBytes,
   kWithMetrics,
-  kDetachWeight,  // appended: 1-based heads, to the end
+  kDetachWeight,  // appended: 1-based heads, to the end of the list
 };
-// The bits of `flags` (`flags_of` in mtp_ext/ops/loss/native_cpu.py).
+// The bits of `flags` (FLAG_* in mtp_ext/ops/loss/native_cpu.py).
 enum FusedLossFlag : int64_t {
-  kNeedMeasures = 1,  // tables, and the sums of each head
+  kNeedMeasures = 1,  // tables, and sums per head
   kNeedHidden = 2,
   kNeedWeight = 4,
   kNeedBias = 8,
-  kAccumulate = 16,  // add to the given gradient of weight instead of overwriting it
-  kWiden = 32,       // hold logits in float32 where the operands have 16 bits
+  kAccumulate = 16,  // add to the given weight gradient instead of overwriting it
+  kWiden = 32,       // float32 logits for 16-bit operands
 };
 
 std::vector<Tensor> new_tables(int64_t heads, int64_t batch, int64_t seq_len, ScalarType acc) {
@@ -63,7 +63,7 @@ std::vector<Tensor> new_tables(int64_t heads, int64_t batch, int64_t seq_len, Sc
           empty_cpu({heads, batch, seq_len}, ScalarType::Int)};
 }
 
-// `results` gets the sums in front; returns the flat index into labels of a target that is no class, or -1.
+// Prepends the sums to `results`; returns as FusedLoss::run().
 template <typename acc_t>
 int64_t run(const FusedLossArguments& arguments, bool measures, std::vector<Tensor>* results) {
   FusedLoss<acc_t> fused(arguments);
@@ -75,8 +75,8 @@ int64_t run(const FusedLossArguments& arguments, bool measures, std::vector<Tens
 }
 
 // results: loss 0-d; with kNeedMeasures head_loss, n_valid, denominators [n] and the tables loss, lse, predicted
-// [n, B, S]; then the gradients that are needed, of weight, of bias, of hidden in its form. first_invalid: the flat index
-// into labels of a target that is no class, or -1; where there is one, nothing was computed.
+// [n, B, S]; then the needed gradients of weight, bias and hidden (shaped as given). first_invalid: -1, or the flat
+// index into labels of a target outside the vocabulary; nothing was computed then.
 std::tuple<std::vector<Tensor>, int64_t> fused_loss_cpu(const std::vector<Tensor>& hidden, const Tensor& weight,
                                                         const std::vector<OptionalTensor>& tensors,
                                                         const std::vector<double>& options,
@@ -92,7 +92,7 @@ std::tuple<std::vector<Tensor>, int64_t> fused_loss_cpu(const std::vector<Tensor
   a.weight = weight;
   a.labels = *tensors[kLabels];
   a.seq_len = sizes[kSeqLen];
-  if (a.seq_len < 0) {  // of one head, a target for each row, in any shape
+  if (a.seq_len < 0) {  // one head with a target per row, labels of any shape
     a.seq_len = a.labels.numel();
     a.labels = as_matrix(torch::stable::contiguous(a.labels), 1, a.seq_len);
   }
@@ -133,7 +133,7 @@ std::tuple<std::vector<Tensor>, int64_t> fused_loss_cpu(const std::vector<Tensor
   if ((flags & kNeedHidden) != 0) {
     const size_t first = results.size();
     for (const Tensor& h : hidden) {
-      // The loss scale that keeps float16 gradients from underflowing arrives with the backward: until then, float32.
+      // float32 until backward applies the loss scale that keeps float16 gradients from underflowing.
       const bool is_half = h.scalar_type() == ScalarType::Half;
       results.push_back(empty_like_cpu(h, is_half ? ScalarType::Float : h.scalar_type()));
     }

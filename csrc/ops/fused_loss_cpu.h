@@ -1,5 +1,5 @@
-// The loss of all heads on the CPU in one call: selection, chunks, products and sums. Written natively because the same
-// steps from Python (ops/loss/row_loop.py) cost 0.4 ms a call, more than the products of a small vocabulary.
+// The loss of all heads on the CPU in one call: row selection, chunks, GEMMs and sums. Native because the same steps
+// from Python (ops/loss/row_loop.py) cost 0.4 ms per call, more than the GEMMs of a small vocabulary.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -28,19 +28,19 @@ struct FusedLossArguments {
   OptionalTensor document_ids, token_weights, class_weights, bias, head_weights;
   OptionalTensor row_scale, lse_grad;  // [n * B * S]
   RowOptions options;
-  std::optional<double> normalizer;  // of every head; none: each head's sum of weights
+  std::optional<double> normalizer;  // denominator of every head; none: its sum of weights
   int64_t seq_len = 0, first_shift = 0, ignore_index = 0;
   std::vector<int64_t> detach_weight;  // 1-based heads
   ScalarType compute_dtype = ScalarType::Float, logits_dtype = ScalarType::Float;
   ChunkLimits limits;
-  std::vector<Tensor> tables;       // loss, lse, predicted [n * B * S], or none
-  std::vector<Tensor> grad_hidden;  // n of [B * S, D], or none
+  std::vector<Tensor> tables;       // loss, lse, predicted [n * B * S], or empty
+  std::vector<Tensor> grad_hidden;  // n of [B * S, D], or empty
   OptionalTensor grad_weight, grad_bias;
   bool accumulate = false;  // add to grad_weight instead of overwriting it
 };
 
-// The part of a product that a thread computes alone: the fewest rows (of hidden states) and columns (of the weight's
-// gradient) that beat threads computing it together, and the most bytes of logits.
+// The part of a GEMM that one thread computes alone: the fewest rows (of hidden states) and columns (of the weight
+// gradient) for which this beats a GEMM shared by the threads, and the most bytes of logits.
 inline constexpr int64_t kPartRows = 128, kPartColumns = 512, kPartBytes = 512 << 10;
 
 template <typename acc_t>
@@ -56,7 +56,7 @@ class FusedLoss {
     check();
   }
 
-  // The flat index into labels of a target that is no class, and nothing else is computed; or -1.
+  // Returns -1, or the flat index into labels of a target outside the vocabulary; nothing is computed then.
   int64_t run() {
     if (rows_.first_invalid() >= 0) return rows_.first_invalid();
     const int64_t item = element_size(a_.logits_dtype);
@@ -71,7 +71,7 @@ class FusedLoss {
     return -1;
   }
 
-  // After a run() that returned -1: loss 0-d; and, where they are wanted, head_loss, n_valid and denominators [n].
+  // After run() has returned -1: loss 0-d and, with `of_heads`, head_loss, n_valid and denominators [n].
   std::vector<Tensor> sums(bool of_heads) const {
     const int64_t heads = rows_.heads();
     std::vector<double> head_loss;
@@ -111,7 +111,7 @@ class FusedLoss {
     if (a_.head_weights.has_value()) check_vector(*a_.head_weights, heads, ScalarType::Double, "head_weights");
   }
 
-  // Rows that do not count keep 0, 0 and -1, where somebody reads them.
+  // In the caller's tables, rows without a target hold 0, 0 and -1.
   void set_tables() {
     const int64_t all = rows_.heads() * rows_.per_head();
     if (a_.tables.empty()) {
@@ -165,7 +165,7 @@ class FusedLoss {
     row_pass_.stage = Stage::kWhole;
   }
 
-  // Of the rows that may share chunks.
+  // The most rows that may share chunks.
   int64_t most_joint_rows() const {
     int64_t most = 0;
     for (int64_t k = 0; k < rows_.heads(); ++k) most = std::max(most, rows_.count(k));
@@ -176,7 +176,7 @@ class FusedLoss {
     return std::find(a_.detach_weight.begin(), a_.detach_weight.end(), head + 1) != a_.detach_weight.end();
   }
 
-  // Heads share chunks where they share the unembedding and the answer to detach_weight.
+  // Consecutive heads share chunks if they share the unembedding and are alike in detach_weight.
   void run_heads() {
     chunks_.zero_partial_heads();
     bool written = a_.accumulate;
@@ -195,7 +195,7 @@ class FusedLoss {
     if (!replicated_ && a_.grad_weight.has_value() && !written) zero(*a_.grad_weight);
   }
 
-  // Whether grad_weight was written.
+  // Returns whether grad_weight was written.
   bool run_range(int64_t first, int64_t last, const OptionalTensor& grad_weight, bool accumulate) {
     const int64_t begin = rows_.begin(first), end = rows_.begin(last);
     if (begin == end) return false;
@@ -235,15 +235,15 @@ class FusedLoss {
     if (a_.grad_bias.has_value()) add_grad_bias(z);
   }
 
-  // Whether each thread can keep its part of a chunk's logits in its L2 cache. Then threads do not multiply together:
-  // each takes a part of the rows (of the columns, for the weight's gradient), and they meet twice instead of four
-  // times. 3 % of a call at N = D = 1024, V = 256; nothing where products are larger.
+  // Whether each thread's part of a chunk's logits fits its L2 cache. Then threads do not share GEMMs: each multiplies
+  // its own rows (columns, for the weight gradient), with two barriers instead of four. Saves 3 % of a call at
+  // N = D = 1024, V = 256, and nothing for larger GEMMs.
   static bool fits_caches(const Tensor& z, const ChunkGemmsCpu& gemms) {
     const int64_t bytes = z.numel() * static_cast<int64_t>(z.element_size());
     return bytes <= kPartBytes * torch::stable::get_num_threads() && gemms.shareable();
   }
 
-  // body(begin, end) over [0, size): on every thread a part of at least `fewest`, or all at once.
+  // Runs body(begin, end) over [0, size): one part of at least `fewest` per thread, or all at once.
   template <typename Body>
   static void share_out(bool share, int64_t size, int64_t fewest, const Body& body) {
     const int64_t threads = torch::stable::get_num_threads(), part = (size + threads - 1) / threads;
@@ -279,7 +279,7 @@ class FusedLoss {
   const HeadRows rows_;
   HiddenChunks chunks_;
   Tensor logits_;  // [C, V], scratch
-  Tensor losses_;  // where the caller wants no tables
+  Tensor losses_;  // if the caller passes no tables
   std::vector<double> denominators_;
   std::vector<acc_t> head_scale_;
   LossRowsParams<acc_t> row_pass_{};

@@ -1,4 +1,4 @@
-// The rows of all heads that carry a target, on one axis, and their way from the hidden states to a chunk and back.
+// The rows of all heads with a target, on one axis; gather from the hidden states into a chunk, scatter of gradients.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -14,17 +14,17 @@ namespace mtp {
 
 using torch::stable::parallel_for;
 
-// Rows for which a second thread pays, where each has so many elements.
+// Grain of parallel_for: the fewest rows that are worth a second thread.
 inline int64_t grain_of(int64_t elements_per_row) {
   constexpr int64_t kGrain = 1 << 15;
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_row));
 }
 
-// Part of a chunk: rows of one head.
+// The rows of one head within a chunk.
 struct Piece {
   int64_t head, in_chunk, size;
   const int64_t* rows;  // their flat indices
-  bool consecutive;     // every row of the head counts
+  bool consecutive;     // every row of the head has a target
 };
 
 class HeadRows {
@@ -36,7 +36,7 @@ class HeadRows {
     for (const int64_t count : counts) offsets_.push_back(offsets_.back() + count);
   }
 
-  int64_t first_invalid() const { return first_invalid_; }  // flat index into labels of a target that is no class
+  int64_t first_invalid() const { return first_invalid_; }  // index in labels of a target outside the vocabulary, or -1
   int64_t heads() const { return static_cast<int64_t>(offsets_.size()) - 1; }
   int64_t per_head() const { return per_head_; }
   int64_t begin(int64_t head) const { return offsets_[static_cast<size_t>(head)]; }
@@ -44,7 +44,7 @@ class HeadRows {
   bool all_count() const { return offsets_.back() == heads() * per_head_; }
   const int64_t* at(int64_t i) const { return rows_.get() + i; }
 
-  // Rows [low, high) by head.
+  // Splits rows [low, high) by head.
   std::vector<Piece> pieces(int64_t low, int64_t high) const {
     std::vector<Piece> found;
     for (int64_t k = 0; k < heads(); ++k) {
@@ -58,12 +58,12 @@ class HeadRows {
 
  private:
   int64_t per_head_, first_invalid_ = -1;
-  std::unique_ptr<int64_t[]> rows_;  // flat indices, head after head
+  std::unique_ptr<int64_t[]> rows_;  // flat indices, head by head
   std::vector<int64_t> offsets_{0};
 };
 
-// Hidden states, n of [B * S, D], as the operands [C, D] of a chunk's products, and the gradients' way back. Rows that
-// are consecutive and need no conversion are views; else they pass through buffers that all chunks share.
+// Gathers the hidden states, n of [B * S, D], into the operands [C, D] of a chunk's GEMMs, and scatters the gradients.
+// Consecutive rows that need no conversion are views; others go through buffers that all chunks share.
 class HiddenChunks {
  public:
   HiddenChunks(const HeadRows& rows, const std::vector<Tensor>& hidden, const std::vector<Tensor>& grads,
@@ -72,7 +72,7 @@ class HiddenChunks {
 
   bool need_grad() const { return !grads_.empty(); }
 
-  // The rows of `pieces`, rounded to `compute`, held as `logits`.
+  // The rows of `pieces`, rounded to `compute`, stored as `logits`.
   Tensor gather(const std::vector<Piece>& pieces, int64_t size) {
     const Piece& first = pieces.front();
     const ScalarType from = hidden_[0].scalar_type();
@@ -89,7 +89,7 @@ class HiddenChunks {
     return picked;
   }
 
-  // What the product that gives the chunk's gradient is written to; `scatter` then takes it to where it belongs.
+  // Output of the GEMM for the chunk's gradient: `grads` itself or a buffer, which `scatter` copies to `grads`.
   Tensor destination(const std::vector<Piece>& pieces, int64_t size) {
     if (!in_place(pieces)) return buffer(product_, size, logits_);
     return slice(grads_[static_cast<size_t>(pieces[0].head)], 0, rows_.in_head(pieces[0], 0), size);
@@ -102,7 +102,7 @@ class HiddenChunks {
     for (const Piece& piece : pieces) copy_rows(grad, grads_[static_cast<size_t>(piece.head)], piece, Copy::kScatter);
   }
 
-  // Rows that do not count have no gradient.
+  // Rows without a target have gradient 0.
   void zero_partial_heads() const {
     for (int64_t k = 0; k < rows_.heads(); ++k)
       if (need_grad() && rows_.count(k) < rows_.per_head()) zero(grads_[static_cast<size_t>(k)]);
@@ -122,7 +122,7 @@ class HiddenChunks {
     return slice(held, 0, 0, size);
   }
 
-  // Both contiguous and of one dtype.
+  // `from` and `to` are contiguous and of one dtype.
   void copy_rows(const Tensor& from, const Tensor& to, const Piece& piece, Copy direction) const {
     const int64_t bytes = from.size(1) * static_cast<int64_t>(from.element_size());
     const auto* source = static_cast<const char*>(from.const_data_ptr());

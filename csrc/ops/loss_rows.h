@@ -1,4 +1,4 @@
-// The op `_loss_rows_`, written once for both devices: its arguments, checked, become the parameters of a row kernel.
+// The op `_loss_rows_` of both devices: checks the arguments and turns them into the parameters of a row kernel.
 #pragma once
 #include <optional>
 #include <string>
@@ -18,7 +18,7 @@ inline RowOptions row_options(const std::vector<double>& packed) {
   return RowOptions::of(packed.data());
 }
 
-// Tables in the order of `RowTables` of mtp_ext/ops/loss/row_kernels.py.
+// Tables in the order of `RowTables` of mtp_ext/ops/common/result.py.
 template <typename acc_t>
 RowTables<acc_t> row_tables(const std::vector<Tensor>& tables, int64_t num_rows) {
   STD_TORCH_CHECK(tables.size() == 3, "tables must be loss, lse and predicted, got ", tables.size());
@@ -43,7 +43,7 @@ inline Stage parse_stage(const std::string& stage) {
   return Stage::kGradient;
 }
 
-// The order of the schema's lists `tensors` and `sizes` (`loss_rows_` of mtp_ext/ops/loss/row_kernels.py).
+// Order of the schema's lists `tensors` and `sizes` (`loss_rows_` of mtp_ext/ops/loss/row_kernels.py).
 enum LossRowsTensor {
   kHeadScale,
   kRowScale,
@@ -56,8 +56,8 @@ enum LossRowsTensor {
 };
 enum LossRowsSize { kSeqLen, kFirstShift, kVocabStart, kTotalVocab, kLossRowsSizes };
 
-// `Device::run(params, num_rows, logits)` checks what its kernels demand and launches one; `Device::kFloat64`: whether
-// it has one for float64.
+// `Device::check` checks what the device's kernels require, `Device::run(params, num_rows, logits)` launches one;
+// `Device::kFloat64`: whether there is one for float64.
 template <typename Device>
 void loss_rows(const Tensor& logits, const Tensor& rows, const Tensor& labels,
                const std::vector<OptionalTensor>& tensors, const std::vector<double>& options, double class_weight_sum,
@@ -86,7 +86,7 @@ void loss_rows(const Tensor& logits, const Tensor& rows, const Tensor& labels,
     p.lse_grad = optional_vector<acc_t>(tensors[kLseGrad], all_rows, "lse_grad");
     p.class_weights = optional_vector<float>(tensors[kClassWeights], vocab, "class_weights");
     p.bias = optional_vector<acc_t>(tensors[kBias], vocab, "bias");
-    p.class_weight_total = optional_vector<float>(tensors[kClassWeightTotal], 1, "class_weight_total");
+    p.class_weight_total = optional_vector<double>(tensors[kClassWeightTotal], 1, "class_weight_total");
     p.options = row_options(options);
     p.options.class_weight_sum = class_weight_sum;
     p.options.vocab_size = sizes[kTotalVocab];

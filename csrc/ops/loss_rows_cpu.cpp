@@ -16,7 +16,7 @@ struct Cpu {
                     const std::vector<Tensor>&, const std::vector<Tensor>& statistics) {
     const DType dtype = dtype_of(logits);
     STD_TORCH_CHECK(dtype != DType::kFloat16, "logits must be float32, float64 or bfloat16 on the CPU");
-    // Between its two stages a shard's row must not be rounded to bfloat16.
+    // A shard's row must not be rounded to bfloat16 between the two stages.
     STD_TORCH_CHECK(dtype != DType::kBFloat16 || statistics.empty(),
                     "a vocabulary shard's logits must be float32 or float64");
   }

@@ -1,4 +1,4 @@
-// What is not a tensor op. Importing the module registers torch.ops.mtp_ext.*.
+// Python bindings other than tensor ops. Importing the module registers torch.ops.mtp_ext.*.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Every schema of the package, in one place. A leading underscore: not differentiable by itself.
+// All schemas of the package. A leading underscore marks an op without its own autograd.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mtp_ext, m) {
@@ -9,11 +9,11 @@ STABLE_TORCH_LIBRARY(mtp_ext, m) {
       "_loss_rows_(Tensor(a!) logits, Tensor rows, Tensor labels, Tensor?[] tensors, float[] options, "
       "float class_weight_sum, int[] sizes, bool write_gradient, Tensor(b!)[] tables, str stage, "
       "Tensor(c!)[] statistics) -> ()");
-  // On the CPU only: the loss of all heads at once.
+  // CPU only: the loss of all heads in one call.
   m.def(
       "_fused_loss_(Tensor[] hidden, Tensor weight, Tensor(a!)?[] tensors, float[] options, int[] sizes, "
       "ScalarType compute_dtype, int flags) -> (Tensor[] results, int first_invalid)");
-  // On CUDA only; elsewhere the Python layer does the same with torch's own operators.
+  // CUDA only; elsewhere the Python layer uses torch's operators.
   m.def("_column_sum_(Tensor x, Tensor(a!) out, bool accumulate) -> ()");
   m.def("_scale_into_(Tensor x, Tensor scale, Tensor(a!) out) -> ()");
   m.def("_decode(Tensor hidden, Tensor weight, int top) -> (Tensor logits, Tensor ids, Tensor lse)");

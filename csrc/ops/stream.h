@@ -1,4 +1,4 @@
-// The current CUDA stream through torch's stable ABI, and what the CUDA ops say of a launch that failed.
+// The current CUDA stream through torch's stable ABI, and the checks of the CUDA ops.
 #pragma once
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -9,7 +9,7 @@
 
 #include "ops/check.h"
 
-// torch's shim declares it only where torch itself was configured with USE_CUDA; libtorch_cuda exports it since 2.6.
+// torch's shim declares it only if torch was configured with USE_CUDA; libtorch_cuda has exported it since 2.6.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace mtp {
@@ -22,11 +22,11 @@ inline cudaStream_t current_stream(const Tensor& x) {
 
 inline void check_launch(cudaError_t error, const char* name) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // else torch would find the error after its next launch, and blame that
+  cudaGetLastError();  // else torch would report the error after its own next launch
   STD_TORCH_CHECK(false, name, ": the kernel could not be launched: ", cudaGetErrorString(error));
 }
 
-// The dispatcher looks at one argument; a kernel that is given another device's pointer corrupts memory.
+// The dispatcher looks at one argument only; a kernel given another device's pointer corrupts memory.
 template <typename Tensors = std::initializer_list<OptionalTensor>>
 void check_same_device(const Tensor& first, const Tensors& others) {
   const auto check = [&](const OptionalTensor& x) {

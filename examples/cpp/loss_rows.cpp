@@ -1,7 +1,6 @@
-// The row kernel of the loss from C++, without torch: loss and gradient of a few rows of logits, on the device's
-// memory.
+// The loss row kernel from C++, without torch: loss and gradient of a few rows of logits in device memory.
 //   cmake -S . -B build/native && cmake --build build/native --target example_loss_rows
-// In a project of your own: add_subdirectory(mtp_ext), and link the target mtp_kernels.
+// In your own project: add_subdirectory(mtp_ext) and link the target mtp_kernels.
 #include "kernels/loss_rows.h"
 
 #include <cuda_runtime_api.h>
@@ -39,7 +38,7 @@ int main() {
   constexpr int64_t kRows = 3, kVocab = 8;
   std::vector<float> logits(kRows * kVocab, 0.0f);
   logits[5] = 2.0f;                                            // row 0 prefers class 5
-  const std::vector<int64_t> labels{5, 1, 7}, rows{0, 1, -1};  // the last row does not count
+  const std::vector<int64_t> labels{5, 1, 7}, rows{0, 1, -1};  // the last row has no target
   mtp::LossRowsParams<float> p{};
   p.logits = to_device(logits);
   p.dtype = mtp::DType::kFloat32;

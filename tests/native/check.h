@@ -1,5 +1,5 @@
-// Checks for the native tests. A failed check prints where and what, and the test goes on; `return check::summary();`
-// ends main: it prints the counts and is 0 only if something was checked and nothing failed.
+// Checks for the native tests. A failed check prints its location and condition, and the test continues; main ends with
+// `return check::summary();`, which prints the counts and returns 0 only if something was checked and nothing failed.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -14,7 +14,7 @@ inline bool record(bool ok, const char* file, int line, const char* what) {
   return ok;
 }
 
-// |actual - expected| <= tolerance; equal infinities are near, NaN is near nothing.
+// |actual - expected| <= tolerance; equal infinities pass, NaN always fails.
 inline bool near(double actual, double expected, double tolerance, const char* file, int line, const char* what) {
   const bool ok = actual == expected || std::fabs(actual - expected) <= tolerance;
   if (!record(ok, file, line, what)) {

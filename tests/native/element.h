@@ -1,5 +1,4 @@
-// The element types of emulated kernels, for tests: what a double becomes in memory, and how much one rounding may
-// cost.
+// Element types of the emulated kernels: storing a double and loading it back, and the tolerance for one rounding.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,7 +11,7 @@ struct Element;
 template <>
 struct Element<float> {
   static constexpr mtp::DType dtype = mtp::DType::kFloat32;
-  static constexpr double rounding = 0.0;  // beside the float32 arithmetic's own
+  static constexpr double rounding = 0.0;  // on top of float32 arithmetic
   static constexpr double smallest = 0.0;
   static float store(double x) { return static_cast<float>(x); }
   static double load(float x) { return x; }
@@ -21,7 +20,7 @@ struct Element<float> {
 template <>
 struct Element<__nv_bfloat16> {
   static constexpr mtp::DType dtype = mtp::DType::kBFloat16;
-  static constexpr double rounding = 1.0 / 256;  // one rounding to 8 bits is 2^-9; twice that
+  static constexpr double rounding = 1.0 / 256;  // twice 2^-9, one rounding to 8 bits
   static constexpr double smallest = 0.0;
   static __nv_bfloat16 store(double x) { return __float2bfloat16_rn(static_cast<float>(x)); }
   static double load(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -31,7 +30,7 @@ template <>
 struct Element<__half> {
   static constexpr mtp::DType dtype = mtp::DType::kFloat16;
   static constexpr double rounding = 1.0 / 2048;
-  static constexpr double smallest = 6e-8;  // the distance of its subnormal numbers
+  static constexpr double smallest = 6e-8;  // spacing of subnormal numbers
   static __half store(double x) { return __float2half_rn(static_cast<float>(x)); }
   static double load(__half x) { return __half2float(x); }
 };

@@ -1,4 +1,4 @@
-// A problem for the row kernels of the loss, and its answer by the definition, in long double.
+// A test problem for the loss row kernels, with the reference result by definition in long double.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -10,7 +10,7 @@
 
 namespace loss_problem {
 
-// What the logits' type keeps of a float32.
+// Rounds a float32 to the logits' type.
 using Rounding = float (*)(float);
 inline float keep(float x) { return x; }
 inline float to_bfloat16(float x) { return mtp::to_float(mtp::to_bfloat16(x)); }
@@ -26,7 +26,7 @@ struct Expected {
   std::vector<double> grad;
 };
 
-// One problem: `heads` heads over one batch row, so that row r of head k predicts labels[s + 1 + k].
+// `heads` heads over one batch row, so that row s of head k predicts labels[s + 1 + k].
 struct Problem {
   int64_t vocab, seq, heads;
   Options opt;
@@ -54,12 +54,12 @@ struct Problem {
     fill(token_weights, seq + heads, [&] { return uniform(rng); });
     rows.resize(static_cast<size_t>(heads * seq));
     for (size_t r = 0; r < rows.size(); ++r) rows[r] = static_cast<int64_t>(r);
-    std::reverse(rows.begin(), rows.end());  // the row table, not the position, decides where results go
+    std::reverse(rows.begin(), rows.end());  // results must follow the row table, not the position
   }
 
   double class_weight(int64_t v) const { return opt.class_weights ? class_weights[static_cast<size_t>(v)] : 1.0; }
 
-  // The loss of flat row `row` whose logits are `x`, and d(w loss + u lse)/dx, term by term.
+  // The loss of flat row `row` with logits `x`, and d(w loss + u lse)/dx, term by term.
   Expected expect(const double* x, int64_t row) const {
     const int64_t head = row / seq, target = labels[static_cast<size_t>(row % seq + 1 + head)];
     const auto n = static_cast<size_t>(vocab);

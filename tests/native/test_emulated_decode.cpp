@@ -1,4 +1,4 @@
-// The decoding kernel under the emulator, its tensor-core products included, against float64.
+// The decoding kernel under the emulator, tensor-core products included, against float64.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -89,7 +89,7 @@ void run(int64_t rows, int64_t vocab, int64_t width, int top) {
   c.compare();
 }
 
-// Of equal logits the lowest class comes first, within a block and across blocks.
+// Ties go to the lowest class, within a block and across blocks.
 void test_ties() {
   Case<__nv_bfloat16> c(3, 1000, 16, 4, 1);
   std::fill(c.weight.begin(), c.weight.end(), Element<__nv_bfloat16>::store(0.0));
@@ -101,12 +101,12 @@ void test_ties() {
   for (size_t i = 0; i < 12; ++i) CHECK(c.top_ids[i] == expected[i % 4] && c.top_logits[i] == 16.0f);
 }
 
-// What is no number is no class either, but an id is always one that a caller may index by.
+// NaN logits are never selected, and every id is a valid class.
 void test_nan() {
   Case<__nv_bfloat16> c(2, 300, 16, 3, 1);
   const auto nan = Element<__nv_bfloat16>::store(NAN);
   std::fill(c.hidden.begin(), c.hidden.begin() + 16, nan);
-  std::fill(c.weight.begin() + 16, c.weight.end(), nan);  // class 0 alone has logits, in the second row
+  std::fill(c.weight.begin() + 16, c.weight.end(), nan);  // only class 0 of the second row is not NaN
   CHECK(mtp::launch_decode(c.params, nullptr) == cudaSuccess);
   for (size_t i = 0; i < 6; ++i) CHECK(c.top_ids[i] == 0 && std::isnan(c.top_logits[i]) == (i != 3));
   CHECK(std::isnan(c.lse[0]) && std::isnan(c.lse[1]));

@@ -1,4 +1,4 @@
-// The CUDA row kernels of the loss, from their own source under the emulator, against the definition in long double.
+// The CUDA loss row kernels, from their own source under the emulator, against the definition in long double.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -72,8 +72,8 @@ struct OnDevice {
     params.class_weights = p.opt.class_weights ? class_weights.data() : nullptr;
     double sum = 0;
     for (int64_t v = 0; v < p.vocab; ++v) sum += p.class_weight(v);
-    total[0] = static_cast<float>(sum);
-    params.class_weight_total = p.opt.row_scale ? total.data() : nullptr;  // with an arbitrary one of the options
+    total[0] = sum;
+    params.class_weight_total = p.opt.row_scale ? total.data() : nullptr;  // tied to an arbitrary option
     params.options = {p.opt.smoothing, p.opt.z_loss, p.opt.softcap, p.opt.scale, p.opt.row_scale ? NAN : sum, p.vocab};
     params.gradient = mtp::Gradient::kWrite;
     params.tables.loss = loss.data();
@@ -83,7 +83,7 @@ struct OnDevice {
 
   scalar_t& at(size_t r, int64_t v) { return logits[r * static_cast<size_t>(stride) + static_cast<size_t>(v)]; }
 
-  // What lies between the rows must stay.
+  // Whether the padding between rows is unchanged.
   bool gaps_untouched(const Problem& p) {
     for (size_t r = 0; r + 1 < p.rows.size(); ++r)
       for (int64_t v = p.vocab; v < stride; ++v)
@@ -95,7 +95,8 @@ struct OnDevice {
   int64_t stride;
   DeviceArray<scalar_t> logits;
   DeviceArray<int64_t> rows, labels;
-  DeviceArray<float> head_scale, row_scale, lse_grad, bias, class_weights, token_weights, loss, lse, total;
+  DeviceArray<float> head_scale, row_scale, lse_grad, bias, class_weights, token_weights, loss, lse;
+  DeviceArray<double> total;
   DeviceArray<int32_t> predicted;
   mtp::LossRowsParams<float> params{};
 };
@@ -126,7 +127,7 @@ void compare(const Problem& p, const OnDevice<scalar_t>& out, const Gradient& gr
   CHECK(gradients_near);
 }
 
-// Shared memory of the emulated device that makes the launcher take a path at a given row length.
+// Gives the emulated device the shared memory for which the launcher takes a path at a given row length.
 enum class Path { kOneBlock, kCluster, kStreaming };
 template <typename scalar_t>
 void choose(Path path, int64_t vocab, unsigned cluster) {
@@ -140,10 +141,10 @@ void choose(Path path, int64_t vocab, unsigned cluster) {
   }
 }
 
-// In one of the three thread orders, in turn: every path meets each of them many times.
+// Cycles through the three thread orders: every path runs in each of them many times.
 template <typename scalar_t>
 void run(const Problem& p, Path path, unsigned cluster, size_t offset = 0, int64_t padding = 0) {
-  constexpr size_t kStreamingScratch = 400;  // bytes, rounded up; a cache needs more than that even for one class
+  constexpr size_t kStreamingScratch = 400;  // bytes, rounded up; a cache needs more even for one class
   static size_t turn = 0;
   OnDevice<scalar_t> out(p, p.vocab + padding, offset);
   choose<scalar_t>(path, p.vocab, cluster);
@@ -163,7 +164,7 @@ void run_paths(unsigned* seed) {
       run<scalar_t>(p, Path::kOneBlock, 1);
       run<scalar_t>(p, Path::kStreaming, 1);
     }
-    // Rows that start at every misalignment, in turn: the stride is odd.
+    // The odd stride makes rows start at every misalignment.
     const Problem odd(1003, 5, 2, opt, rounded<scalar_t>, ++*seed);
     run<scalar_t>(odd, Path::kOneBlock, 1, 1, 2);
     run<scalar_t>(odd, Path::kStreaming, 1, 3);
@@ -174,7 +175,7 @@ void run_paths(unsigned* seed) {
   }
 }
 
-// The row in two shards, combined as a caller over processes would, equals the row at once.
+// Two shards, combined as by a caller over processes, must equal the whole row.
 template <typename scalar_t>
 void run_sharded(const Problem& p, int64_t split) {
   OnDevice<scalar_t> whole(p, p.vocab, 0);
@@ -216,7 +217,7 @@ void run_sharded(const Problem& p, int64_t split) {
   });
 }
 
-// A row of -1 is no row: zeros, and nothing else is read or written of it.
+// Rows of -1 are zeroed; nothing else of them is read or written.
 void run_absent_rows(Path path, unsigned cluster) {
   Problem p(2001, 3, 1, Options{}, rounded<__nv_bfloat16>, 5);
   OnDevice<__nv_bfloat16> out(p, p.vocab, 0);
@@ -251,10 +252,10 @@ OneRow run_one(const std::vector<double>& logits, int64_t target, Path path, uns
   return {out.loss[0], out.lse[0], out.predicted[0], {out.logits.begin(), out.logits.end()}};
 }
 
-// Numbers that a careless kernel gets wrong: a certain target, -inf, NaN, ties, a target that is no class.
+// Edge cases: a near-certain target, -inf, NaN, ties, a target outside the vocabulary.
 void run_extremes(Path path, unsigned cluster) {
   std::vector<double> row(4000, 0.0);
-  row[1700] = 25.0;  // 1 - p_y = 3999 e^-25: rounding p_y to float32 would lose it altogether
+  row[1700] = 25.0;  // 1 - p_y = 3999 e^-25 would vanish if p_y were rounded to float32
   const double rest = 3999 * std::exp(-25.0);
   OneRow out = run_one(row, 1700, path, cluster);
   CHECK_NEAR(out.loss, std::log1p(rest), 1e-5 * rest);
@@ -290,8 +291,8 @@ void run_limits() {
   CHECK(emulator::launch_record().launches == launches);
 }
 
-// sm_80 has no clusters, and a small partition of a newer device cannot run one: the row is read twice. Nothing is
-// tried first: a launch that fails while a graph is captured may fail only once the graph is made.
+// sm_80 has no clusters, and a small partition of a newer device cannot run one: the row is read twice. No cluster
+// launch is attempted first: a launch captured in a graph may fail only when the graph is created.
 void run_without_clusters() {
   const Problem p(128256, 1, 1, Options{}, rounded<__nv_bfloat16>, 3);
   for (const int major : {8, 9}) {
@@ -312,7 +313,7 @@ int main() {
   run_paths<float>(&seed);
   run_paths<__nv_bfloat16>(&seed);
   run_paths<__half>(&seed);
-  // The vocabularies that are trained with, as an H100 would divide them.
+  // Vocabularies used in training, split as on an H100.
   run<__nv_bfloat16>({32000, 1, 1, Options{}, rounded<__nv_bfloat16>, ++seed}, Path::kOneBlock, 1);
   run<__nv_bfloat16>({128256, 1, 1, Options{}, rounded<__nv_bfloat16>, ++seed}, Path::kCluster, 4);
   run<float>({128256, 1, 1, Options{}, rounded<float>, ++seed}, Path::kCluster, 8);

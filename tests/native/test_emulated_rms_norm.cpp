@@ -1,4 +1,4 @@
-// RMSNorm of n heads, forward and backward, under the emulator, against its definition in float64.
+// RMSNorm of n heads, forward and backward, under the emulator, against the definition in float64.
 #include <cmath>
 #include <random>
 #include <vector>
@@ -108,7 +108,7 @@ void run(unsigned* seed) {
           p.run();
           p.compare();
         }
-    Problem<scalar_t> segments(1, 1030, 16, ++*seed);  // three segments of the weight's gradient
+    Problem<scalar_t> segments(1, 1030, 16, ++*seed);  // three segments of the weight gradient
     segments.run();
     segments.compare();
   }

@@ -1,4 +1,4 @@
-// The device compaction of the rows that count, against a plain reading of the rule.
+// The CUDA selection of rows with a target, against a plain implementation of the rule.
 #include <algorithm>
 #include <cstdint>
 #include <random>
@@ -81,17 +81,17 @@ int main() {
   const Case cases[] = {
       {1, 1, 1, 1, 0},
       {1, 1, 1, 1, 1},
-      {2, 0, 5, 6, 1},  // no rows at all
+      {2, 0, 5, 6, 1},  // no rows
       {3, 2, 0, 4, 1},
       {4, 2, 63, 67, 1},
       {2, 1, 4096, 4098, 1},        // whole tiles
-      {2, 1, 4097, 4097, 1},        // one row above
-      {3, 5, 1000, 1003, 1, true},  // two tiles a head, documents
+      {2, 1, 4097, 4097, 1},        // one row more
+      {3, 5, 1000, 1003, 1, true},  // two tiles per head, documents
       {3, 5, 1000, 1001, 1, true, true},
       {2, 3, 300, 302, 1, false, true, true},
-      {2, 3, 300, 302, 1, false, false, false, 1.0},       // nothing counts
-      {2, 3, 300, 302, 1, false, false, false, 0.0},       // everything counts
-      {3, 2, 500, 503, 1, true, false, false, 0.5, 90},    // some targets are no class
+      {2, 3, 300, 302, 1, false, false, false, 1.0},       // no targets
+      {2, 3, 300, 302, 1, false, false, false, 0.0},       // all labels are targets
+      {3, 2, 500, 503, 1, true, false, false, 0.5, 90},    // some targets outside the vocabulary
       {2, 1, 9000, 9002, 1, false, false, false, 0.0, 2},  // most are not
   };
   unsigned seed = 0;

@@ -31,7 +31,7 @@ void test_column_sum(int64_t rows, int64_t columns, int64_t stride, size_t offse
   for (const mtp::Destination destination : {mtp::Destination::kOverwrite, mtp::Destination::kAccumulate}) {
     const DeviceArray<float> out(static_cast<size_t>(columns));
     const bool adds = destination == mtp::Destination::kAccumulate;
-    if (adds) std::fill(out.begin(), out.end(), 3.0f);  // else it stays NaN
+    if (adds) std::fill(out.begin(), out.end(), 3.0f);  // else out stays NaN
     CHECK(mtp::launch_column_sum({x.data(), Element<scalar_t>::dtype, rows, columns, stride, out.data(), destination},
                                  nullptr) == cudaSuccess);
     for (int64_t c = 0; c < columns; ++c) {

@@ -1,5 +1,5 @@
-// The emulator itself: what it computes, and that it catches the mistakes it is there to catch. Each mistake is made in
-// a child process, which has to end with the emulator's own sentence; the same kernel without the mistake has to pass.
+// The emulator itself: what it computes, and that it catches the mistakes it is meant to catch. Each mistake is made in
+// a child process, which must end with the emulator's error message; the same kernel without the mistake must pass.
 #include <cooperative_groups.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -27,7 +27,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 enum class Mistake { kNone, kMade };
 
-// Each thread gives its number to its right neighbour.
+// Each thread passes its number to its right neighbour.
 void rotate_kernel(int* out, Mistake removed_barrier) {
   int* shared = mtp::dynamic_shared_memory<int>();
   shared[threadIdx.x] = static_cast<int>(threadIdx.x);
@@ -68,7 +68,7 @@ void shuffle_kernel(int* out, unsigned mask, int distance) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(mask, static_cast<int>(threadIdx.x), distance);
 }
 
-// Block 0 of the cluster reads what the others hold.
+// Block 0 of the cluster reads the last block's shared memory.
 void cluster_kernel(float* out, Mistake leaves_early) {
   auto cluster = cooperative_groups::this_cluster();
   float* shared = mtp::dynamic_shared_memory<float>();
@@ -90,7 +90,7 @@ void run(void (*kernel)(Formal...), unsigned blocks, unsigned cluster, Actual...
   CHECK(mtp::launch_kernel(kernel, shape, nullptr, arguments...) == cudaSuccess);
 }
 
-// What a child process writes to stderr and returns.
+// Exit status and stderr of a child process.
 struct Ending {
   int status;
   std::string message;
@@ -124,7 +124,7 @@ void expect_error(const char* sentence, const std::function<void()>& body) {
     std::fprintf(stderr, "  expected: %s\n  status %d: %s\n", sentence, ending.status, ending.message.c_str());
 }
 
-// A barrier that is missing shows as a wrong result, in at least two of the three orders.
+// A missing barrier must give a wrong result in at least two of the three orders.
 void test_removed_barrier() {
   int wrong_orders = 0;
   for (const Order order : {Order::kForward, Order::kReverse, Order::kShuffled}) {
@@ -180,13 +180,13 @@ void test_clusters() {
   const DeviceArray<float> out(2);
   run(cluster_kernel, 8, 4, out.data(), Mistake::kNone);
   CHECK(out[0] == 4.0f && out[1] == 4.0f);
-  emulator::device().order = Order::kReverse;  // the others end first
+  emulator::device().order = Order::kReverse;  // the other blocks exit first
   expect_error("map_shared_rank of a block that has ended",
                [&] { run(cluster_kernel, 8, 4, out.data(), Mistake::kMade); });
   emulator::device() = emulator::Device{};
 }
 
-// The 2^16 numbers of float16 convert to float32 and back; halfway cases round to even.
+// All 2^16 float16 values survive conversion to float32 and back; ties round to even.
 void test_float16() {
   bool same = true;
   for (unsigned bits = 0; bits < 0x10000u; ++bits) {

@@ -56,7 +56,7 @@ struct Buffers {
   }
 };
 
-// Compares the tables and, where it was written, the gradient `grad(r, v)` of the r-th row in the block.
+// Compares the tables and, if written, the gradient `grad(r, v)` of the r-th row of the block.
 template <typename acc_t, typename Grad>
 void compare(const Problem& p, const Buffers<acc_t>& out, double eps, double grad_eps, const Grad& grad) {
   for (size_t r = 0; r < p.rows.size(); ++r) {
@@ -78,7 +78,7 @@ void compare(const Problem& p, const Buffers<acc_t>& out, double eps, double gra
 
 void run_float32(const Problem& p, mtp::CpuCapability isa, mtp::Gradient gradient) {
   Buffers<float> out(p, gradient);
-  const int64_t stride = p.vocab + 3;  // rows need not be adjacent; what lies between them must stay
+  const int64_t stride = p.vocab + 3;  // rows need not be adjacent; the padding must not change
   std::vector<float> logits(p.rows.size() * static_cast<size_t>(stride), -12345.0f);
   for (size_t r = 0; r < p.rows.size(); ++r)
     std::copy_n(p.logits.begin() + static_cast<int64_t>(r) * p.vocab, p.vocab,
@@ -102,12 +102,12 @@ void run_bfloat16(const Problem& p, mtp::CpuCapability isa) {
   out.params.row_stride = p.vocab;
   out.params.dtype = mtp::DType::kBFloat16;
   mtp::loss_rows_kernel(isa)(out.params, 0, static_cast<int64_t>(p.rows.size()));
-  compare(p, out, 1e-6, 0.004, [&](size_t r, int64_t v) {  // one rounding to 8 bits: 2^-9 = 0.002, and twice that
+  compare(p, out, 1e-6, 0.004, [&](size_t r, int64_t v) {  // twice 2^-9 = 0.002, one rounding to 8 bits
     return mtp::to_float(logits[r * static_cast<size_t>(p.vocab) + static_cast<size_t>(v)]);
   });
 }
 
-// The row in two shards, combined as a caller over processes would, equals the row at once.
+// Two shards, combined as by a caller over processes, must equal the whole row.
 void run_sharded(const Problem& p, mtp::CpuCapability isa, int64_t split) {
   Buffers<float> out(p, mtp::Gradient::kWrite);
   const size_t rows = p.rows.size();
@@ -185,7 +185,7 @@ void run_moving_maximum(mtp::CpuCapability isa) {
   run([](int64_t v, double x) { return v < 2048 ? -kInf : x - 1000.0; });
 }
 
-// A row of -1 is no row: its gradient is zeros, its tables stay.
+// A row of -1 has a zero gradient and unchanged tables.
 void run_absent_row(mtp::CpuCapability isa) {
   const Problem p(100, 3, 1, Options{}, loss_problem::keep, 1);
   Buffers<float> out(p, mtp::Gradient::kWrite);
@@ -201,7 +201,7 @@ void run_absent_row(mtp::CpuCapability isa) {
   CHECK(out.loss[1] == -7.0f && out.predicted[1] == -7 && out.loss[0] > 0 && out.loss[2] > 0);
 }
 
-// Tables that nobody reads may be absent: loss and gradient are the same.
+// Without the optional tables, loss and gradient are the same.
 void run_without_tables(mtp::CpuCapability isa) {
   const Problem p(2 * 1024 + 7, 3, 2, Options{}, loss_problem::keep, 1);
   std::vector<float> losses[2], gradients[2];
@@ -219,7 +219,7 @@ void run_without_tables(mtp::CpuCapability isa) {
   CHECK(losses[0] == losses[1] && gradients[0] == gradients[1]);
 }
 
-// Numbers that a careless kernel gets wrong: a certain target, -inf, NaN, a row of one class.
+// Edge cases: a near-certain target, -inf, NaN, a row of one class.
 void run_extremes(mtp::CpuCapability isa) {
   const auto grads_of = [&](std::vector<double> logits, int64_t target, double* loss) {
     Problem p(static_cast<int64_t>(logits.size()), 1, 1, Options{}, loss_problem::keep, 1);
@@ -237,7 +237,7 @@ void run_extremes(mtp::CpuCapability isa) {
   };
   double loss;
   std::vector<double> certain(1000, 0.0);
-  certain[17] = 25.0;  // 1 - p_y = 999 e^-25 = 1.4e-8: rounding p_y to float32 would lose it altogether
+  certain[17] = 25.0;  // 1 - p_y = 999 e^-25 = 1.4e-8 would vanish if p_y were rounded to float32
   const double rest = 999 * std::exp(-25.0);
   std::vector<float> g = grads_of(certain, 17, &loss);
   CHECK_NEAR(loss, std::log1p(rest), 1e-5 * rest);

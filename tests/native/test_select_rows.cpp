@@ -1,4 +1,4 @@
-// The rule that says which rows of the loss carry a target.
+// The rule that decides which loss rows have a target.
 #include "cpu/select_rows.h"
 
 #include <cstdint>
@@ -46,27 +46,27 @@ int main() {
   // Labels as long as the sequence: head k loses its last k positions.
   Selected s = select<int64_t>({1, 2, 3, 4}, {}, 1, 4, 2, 1);
   CHECK((s.rows == Rows{0, 1, 2, 4, 5}) && (s.counts == Rows{3, 2}) && s.first_invalid == -1);
-  // n extra labels: nothing is lost; int32 labels are the same.
+  // n extra labels: no position is lost; int32 labels behave the same.
   const Selected all = select<int32_t>({1, 2, 3, 4, 5, 6}, {}, 1, 4, 2, 1);
   CHECK((all.counts == Rows{4, 4}) && all.rows.size() == 8);
-  // An ignored label is a target of head 1 one position before it, and of head 2 two before.
+  // An ignored label removes the row one position before it from head 1 and two before it from head 2.
   s = select<int64_t>({1, 2, -100, 4, 5, 6}, {}, 1, 4, 2, 1);
   CHECK((s.rows == Rows{0, 2, 3, 5, 6, 7}) && (s.counts == Rows{3, 3}));
   // Documents [0 0 1 1 | 1 1]: a target in the next document does not count.
   s = select<int64_t>({1, 2, 3, 4, 5, 6}, {0, 0, 1, 1, 1, 1}, 1, 4, 2, 1);
   CHECK((s.rows == Rows{0, 2, 3, 6, 7}) && (s.counts == Rows{3, 2}));
-  // Two batch rows, head-major; a weight of 0 is no target.
+  // Two batch rows, head-major; a label of weight 0 is not a target.
   s = select<int64_t>({1, 2, 3, 4, 5, 6}, {}, 2, 2, 1, 1, {1, 1, 0, 1, 1, 1});
   CHECK((s.rows == Rows{0, 2, 3}) && (s.counts == Rows{3}));
-  // Aligned targets (no shift), and the first target that is no class: labels[0][2].
+  // Aligned targets (no shift), and the first target outside the vocabulary: labels[0][2].
   s = select<int64_t>({1, 2, 10, 4}, {}, 1, 4, 1, 0);
   CHECK((s.counts == Rows{4}) && s.first_invalid == 2);
   s = select<int64_t>({1, 2, 3, -1}, {}, 1, 4, 1, 0);
   CHECK(s.first_invalid == 3);
-  // Labels shorter than a head's shift: no rows, and nothing is read past the end.
+  // Labels shorter than a head's shift: no rows, no read past the end.
   s = select<int64_t>({1, 2}, {}, 1, 2, 3, 1);
   CHECK((s.rows == Rows{0}) && (s.counts == Rows{1, 0, 0}));
-  // No rows at all.
+  // No rows.
   s = select<int64_t>({1}, {}, 1, 0, 2, 1);
   CHECK(s.rows.empty() && (s.counts == Rows{0, 0}));
   return check::summary();

@@ -1,4 +1,4 @@
-// Sums over the rows of a head, and over the rows of a matrix.
+// Sums over the rows of a head and over the rows of a matrix.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -10,7 +10,7 @@
 
 namespace {
 
-// Head 2 of 2 over two sequences of two positions, whose labels are 0..3 | 4..7.
+// Head 2 of 2 over two sequences of two positions with labels 0..3 | 4..7.
 mtp::TargetRule make_rule(const std::vector<int64_t>& labels, const float* token_weights) {
   mtp::TargetRule rule{};
   rule.labels = labels.data();
@@ -52,7 +52,7 @@ void test_column_sum(Make make) {
   }
 }
 
-// Added one after the other in float32, a million ones behind 2^24 vanish.
+// Added one by one in float32, a thousand ones after 2^24 would vanish.
 void test_digits_are_kept() {
   std::vector<float> x(1001, 1.0f), out{0.0f};
   x[0] = 16777216.0f;

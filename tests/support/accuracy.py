@@ -73,58 +73,30 @@ def rounding_bounds(call: Call, exact: Results, logits_dtype: torch.dtype) -> Re
         name: x.detach() if isinstance(x, Tensor) else x
         for name, x in arguments(call, torch.float64, ours=False).items()
     }
-    hidden, labels = made["hidden"], made["labels" if call.heads else "targets"]
-    if not call.heads:
-        hidden = hidden[None]
-    options = RowOptions(**{f.name: made[f.name] for f in fields(RowOptions) if f.name in made})
-    incoming = incoming_gradients(call, exact.values)
     values = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in exact.values.items()}
     grads = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in exact.grads.items()}
-    found = Results(values, {}, grads)
     sums: dict[str, list[ErrorSum]] = {"loss": [], "weight": [], "bias": []}
-    for k, h in enumerate(hidden):
-        rows, targets, row_weights = weighted_rows(call, made, labels, k, h.shape[1] if call.heads else 0)
-        weight = made["weight"][k] if made["weight"].dim() == 3 else made["weight"]
-        head_weight = made["head_weights"][k] if "head_weights" in made else torch.ones((), dtype=torch.float64)
-
-        def of_rows(x: Tensor, k: int = k, rows: Tensor = rows) -> Tensor:
-            """One value for each row, of one that every row shares or of a table of them."""
-            return x.expand(len(rows)) if x.dim() == 0 else (x[k] if call.heads else x).reshape(-1)[rows]
-
-        loss_grad, lse_grad = of_rows(incoming["loss"]), torch.zeros(len(rows), dtype=torch.float64)
-        if "lse" in incoming:
-            lse_grad = of_rows(incoming["lse"])
-        errors = HeadErrors(
-            h.reshape(-1, h.shape[-1])[rows],
-            weight,
-            made.get("bias"),
-            targets,
-            row_weights * head_weight * loss_grad,
-            lse_grad,
-            options,
-            logits_dtype,
-        )
-
-        def put(table: Tensor, x: Tensor, k: int = k, rows: Tensor = rows) -> None:
-            (table[k] if call.heads else table).view(-1, *x.shape[1:])[rows] = x
-
+    for k in range(len(made["hidden"]) if call.heads else 1):
+        head = HeadRows(call, made, k, incoming_gradients(call, exact.values), logits_dtype)
+        errors, row_weights = head.errors, head.row_weights
+        sums["loss"].append(errors.losses(row_weights * head.head_weight))
         if exact.values["loss"].dim():
-            put(values["loss"], errors.each_loss(row_weights * head_weight))
-        sums["loss"].append(errors.losses(row_weights * head_weight))
+            head.put(values["loss"], errors.each_loss(row_weights * head.head_weight))
         if call.heads:
             values["head_loss"][k] = errors.losses(row_weights).bound()
         if "lse" in values:
-            put(values["lse"], errors.each_lse())
+            head.put(values["lse"], errors.each_lse())
         if "hidden" in grads:
-            put(grads["hidden"], errors.grad_hidden())
+            head.put(grads["hidden"], errors.grad_hidden())
         if "head_weights" in grads:
-            grads["head_weights"][k] = errors.losses(row_weights * loss_grad).bound()
-        if "weight" in grads and k + 1 not in call.options.get("detach_weight", ()):
-            sums["weight"].append(errors.grad_weight())
-            if made["weight"].dim() == 3:
-                grads["weight"][k] = sums["weight"].pop().bound()
+            grads["head_weights"][k] = errors.losses(row_weights * head.loss_grad).bound()
         if "bias" in grads:
             sums["bias"].append(errors.grad_bias())
+        if "weight" in grads and k + 1 not in call.options.get("detach_weight", ()):
+            if made["weight"].dim() == 3:
+                grads["weight"][k] = errors.grad_weight().bound()
+            else:
+                sums["weight"].append(errors.grad_weight())
     if not exact.values["loss"].dim():
         values["loss"] = total(sums["loss"], values["loss"])
     for name in ("weight", "bias"):
@@ -132,20 +104,57 @@ def rounding_bounds(call: Call, exact: Results, logits_dtype: torch.dtype) -> Re
             grads[name] = total(sums[name], grads[name])
     for name in grads:  # rounded to 16 bits by the product, and again where the incoming gradient scales it
         grads[name] = grads[name] + 2 * unit(call.dtype) * exact.grads[name].abs()
-    return found
+    return Results(values, {}, grads)
 
 
-def weighted_rows(
-    call: Call, made: dict[str, Any], labels: Tensor, k: int, seq_len: int
-) -> tuple[Tensor, Tensor, Tensor]:
+class HeadRows:
+    """The rows of head ``k`` (from 0) that have a target, what they weigh, and their errors.
+
+    Args:
+        call: The call.
+        made: Its arguments in float64.
+        k: The head.
+        incoming: The gradients of its results.
+        logits_dtype: What holds the logits.
+    """
+
+    def __init__(
+        self, call: Call, made: dict[str, Any], k: int, incoming: dict[str, Tensor], logits_dtype: torch.dtype
+    ) -> None:
+        self._heads, self._k = call.heads, k
+        hidden = made["hidden"][k] if call.heads else made["hidden"]
+        self._rows, targets, self.row_weights = weighted_rows(call, made, k, hidden.shape[1])
+        self.loss_grad = self._of_rows(incoming["loss"])
+        self.head_weight = made["head_weights"][k] if "head_weights" in made else 1.0
+        self.errors = HeadErrors(
+            hidden.reshape(-1, hidden.shape[-1])[self._rows],
+            made["weight"][k] if made["weight"].dim() == 3 else made["weight"],
+            made.get("bias"),
+            targets,
+            self.row_weights * self.head_weight * self.loss_grad,
+            self._of_rows(incoming.get("lse", torch.zeros((), dtype=torch.float64))),
+            RowOptions(**{f.name: made[f.name] for f in fields(RowOptions) if f.name in made}),
+            logits_dtype,
+        )
+
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """One value for each row: of a table of them, or one that all rows share."""
+        return x.expand(len(self._rows)) if x.dim() == 0 else (x[self._k] if self._heads else x).reshape(-1)[self._rows]
+
+    def put(self, table: Tensor, x: Tensor) -> None:
+        """Writes the rows' values into a table of all rows."""
+        (table[self._k] if self._heads else table).view(-1, *x.shape[1:])[self._rows] = x
+
+
+def weighted_rows(call: Call, made: dict[str, Any], k: int, seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
     """The flat indices of head ``k``'s rows with a target, their targets, and the weights of their losses."""
     ignore_index, weights = call.options.get("ignore_index", -100), made.get("token_weights")
     if call.heads:
-        targets = reference.shifted_targets(labels, k + 1, seq_len, made.get("document_ids"), ignore_index)
+        targets = reference.shifted_targets(made["labels"], k + 1, seq_len, made.get("document_ids"), ignore_index)
         if weights is not None:
             weights = torch.nn.functional.pad(weights, (0, k + 1))[:, k + 1 : k + 1 + seq_len]
     else:
-        targets = labels
+        targets = made["targets"]
     targets = targets.reshape(-1).long()
     if weights is not None:
         weights = weights.reshape(-1)

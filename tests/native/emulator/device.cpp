@@ -34,7 +34,7 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   unsigned mask = 0;  // of the exchange in progress
-  // Two sets, used in turn: a lane may publish its next value before a slow one has read the last.
+  // Double-buffered: a lane may publish its next value before a slow one has read the last.
   unsigned char slots[2][kWarpSize][kExchangeBytes];
   unsigned turn[kWarpSize] = {};
 };
@@ -90,7 +90,7 @@ void thread_main() {
   (*kernel_body)();
   Thread& self = *current;
   self.done = true;
-  // A block's shared memory is gone with its last thread: another block of the cluster that still reads it finds NaN.
+  // Shared memory dies with the block's last thread: another block of the cluster that still reads it gets NaN.
   if (--self.block->alive == 0) self.block->shared.poison();
   self.fiber.finish();
 }
@@ -179,8 +179,8 @@ class Scheduler {
     }
   }
 
-  // A warp runs for as long as one of its threads can, then the next one; a block for as long as one of its warps can.
-  // So whoever passes a barrier first gets far ahead of the others, which is where a missing barrier shows.
+  // Runs a warp as long as one of its threads can run, and a block as long as one of its warps can. The first past a
+  // barrier gets far ahead of the others, which exposes a missing barrier.
   void finish() {
     std::vector<std::vector<std::vector<Thread*>>> blocks(cluster_size_);
     for (Thread& thread : threads_) {
@@ -253,7 +253,7 @@ class Scheduler {
   std::vector<Thread> threads_;
   std::unique_ptr<char[]> stacks_;
   Cluster blocks_;
-  size_t running_ = 0;  // threads that have not ended
+  size_t running_ = 0;  // threads still alive
 };
 
 }  // namespace
@@ -298,8 +298,7 @@ void fail(const char* what) {
   _exit(kErrorStatus);
 }
 
-// The hardware lets a barrier pass without the threads that have ended. No kernel here leans on that, so it is an
-// error.
+// The hardware does not wait for threads that have exited. No kernel here relies on that, so it is an error.
 void block_barrier(Site site) {
   arrive(current->block->barrier, static_cast<int>(blockDim.x * blockDim.y * blockDim.z), site);
 }

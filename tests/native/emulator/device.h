@@ -1,6 +1,5 @@
-// The emulated device: blocks of fibers, their barriers, and the exchange of values within a warp. Kernels do not
-// include this; they include <cuda_runtime.h> and its like, which emulator/include replaces by headers over these
-// functions.
+// The emulated device: blocks of fibers, their barriers, and warp exchanges. Kernels do not include this header but
+// <cuda_runtime.h> and the like, which emulator/include implements with these functions.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,15 +12,15 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Of the thread that runs.
+// Of the running thread.
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
 constexpr int kWarpSize = 32;
 
-// Which thread runs first between two barriers, and which block runs first. A kernel whose result depends on it has a
-// race. kShuffled draws a new order after every barrier.
+// Order of threads between barriers, and of blocks. A kernel whose result depends on it has a race. kShuffled draws a
+// new order after every barrier.
 enum class Order { kForward, kReverse, kShuffled };
 
 struct Device {
@@ -30,14 +29,14 @@ struct Device {
   int compute_capability_major = 9;
   int shared_bytes_per_multiprocessor = 228 << 10;
   int shared_bytes_per_block = 227 << 10;  // with the opt-in attribute
-  bool refuses_clusters = false;           // as a device does whose partition has too few multiprocessors
+  bool refuses_clusters = false;           // like a partition with too few multiprocessors
 };
 Device& device();
 
 // Runs every block of the grid, `cluster` consecutive ones (along x) at a time; `body` calls the kernel.
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const std::function<void()>& body);
 
-// Number of grids that ran, and the cluster size of the last one: which path a launcher took.
+// Number of grids run, and the shape of the last one, which tells the path that a launcher took.
 struct LaunchRecord {
   int launches = 0;
   unsigned cluster = 1;
@@ -45,13 +44,13 @@ struct LaunchRecord {
 };
 LaunchRecord& launch_record();
 
-// Where in the source a thread waits. Threads that meet at one barrier from two places have diverged.
+// Source location at which a thread waits. Threads that reach one barrier from two places have diverged.
 struct Site {
   const char* file;
   int line;
 };
 
-// Of the thread that runs.
+// Of the running thread.
 int lane();
 unsigned cluster_rank();
 unsigned cluster_size();
@@ -71,7 +70,7 @@ void warp_barrier(unsigned mask, Site site);
 constexpr size_t kExchangeBytes = 32;
 const unsigned char* warp_exchange(unsigned mask, const void* value, size_t bytes, Site site);
 
-// The value of lane `source`, or the caller's own where the shuffle reaches past its segment.
+// The value of lane `source`, or the caller's own if the shuffle reaches past its segment (`reaches` is false).
 template <typename T>
 T shuffle(unsigned mask, T value, int source, bool reaches, Site site) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8, "a shuffle moves 4 or 8 bytes");
@@ -85,5 +84,5 @@ T shuffle(unsigned mask, T value, int source, bool reaches, Site site) {
 
 }  // namespace emulator
 
-// The last parameters of a function that has to know from where it is called.
+// Trailing parameters that capture the call site.
 #define EMULATOR_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()

@@ -9,9 +9,8 @@
 #endif
 
 #if defined(__x86_64__)
-// Saves the registers that a call preserves on the current stack, stores the stack pointer, and continues on the other.
-// swapcontext would make two system calls for the signal mask at every switch, which is most of an emulated kernel's
-// time.
+// Pushes the callee-saved registers, stores the stack pointer and continues on the other stack. swapcontext would make
+// two system calls for the signal mask per switch, most of an emulated kernel's time.
 extern "C" void emulator_switch_stack(void** save, void* load);
 asm(R"(.text
 .globl emulator_switch_stack
@@ -48,13 +47,13 @@ void Fiber::prepare(char* stack, size_t stack_bytes, void (*entry)()) {
   context_.stack = stack;
   context_.stack_bytes = stack_bytes;
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stack, stack_bytes);  // frames of the stack's last user left their redzones
+  __asan_unpoison_memory_region(stack, stack_bytes);  // the stack's last user left its redzones
 #endif
 #if defined(__x86_64__)
   constexpr int kSavedRegisters = 6;
   const uintptr_t top = (reinterpret_cast<uintptr_t>(stack) + stack_bytes) & ~uintptr_t{63};
   void** slot = reinterpret_cast<void**>(top);
-  *--slot = nullptr;  // entry's own return address: keeps the stack aligned as after a call
+  *--slot = nullptr;  // entry's return address: aligns the stack as after a call
   *--slot = reinterpret_cast<void*>(entry);
   for (int i = 0; i < kSavedRegisters; ++i) *--slot = nullptr;
   context_.stack_pointer = slot;

@@ -1,4 +1,4 @@
-// A user-level thread with a stack of its own. One fiber runs at a time; the scheduler resumes it, it suspends itself.
+// A user-level thread with its own stack. One fiber runs at a time: the scheduler resumes it, and it suspends itself.
 #pragma once
 #include <cstddef>
 
@@ -10,15 +10,15 @@ namespace emulator {
 
 class Fiber {
  public:
-  // Readies the fiber to run `entry` on `stack` when it is first resumed. `entry` must not return: it ends in finish().
+  // Prepares the fiber to run `entry` on `stack` at the first resume(). `entry` must end in finish(), not return.
   void prepare(char* stack, size_t stack_bytes, void (*entry)());
   // From the scheduler: runs this fiber until it suspends or finishes.
   void resume();
-  // From a fiber: back to the scheduler, until the next resume().
+  // From a fiber: returns to the scheduler until the next resume().
   void suspend();
-  // From a fiber: back to the scheduler for ever.
+  // From a fiber: returns to the scheduler for good.
   [[noreturn]] void finish();
-  // The first statement of `entry`.
+  // Must be the first statement of `entry`.
   static void started();
 
  private:
@@ -28,7 +28,7 @@ class Fiber {
 #else
     ucontext_t registers;
 #endif
-    const void* stack = nullptr;  // what AddressSanitizer has to know of the stack that runs
+    const void* stack = nullptr;  // the running stack, for AddressSanitizer
     size_t stack_bytes = 0;
     void* sanitizer_state = nullptr;
   };

@@ -1,5 +1,5 @@
-// Memory that ends at a page nobody may touch, so that an access past its end stops the program where it happens, with
-// or without AddressSanitizer. An access before its start is found only beyond the rest of the first page.
+// Memory that ends at an inaccessible page, so that an access past its end faults at once, with or without
+// AddressSanitizer. An access before its start faults only outside the first page.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -9,8 +9,8 @@ namespace emulator {
 
 class GuardedMemory {
  public:
-  // `bytes` bytes at an address that is a multiple of `alignment`; what is left between the end and the guard page is
-  // less than `alignment`. Every byte is 0xff: a float there is NaN.
+  // `bytes` bytes, aligned to `alignment`; the gap before the guard page is smaller than `alignment`. Every byte is
+  // 0xff: floats are NaN.
   explicit GuardedMemory(size_t bytes, size_t alignment);
   ~GuardedMemory();
   GuardedMemory(GuardedMemory&& other) noexcept;
@@ -28,7 +28,7 @@ class GuardedMemory {
   unsigned char* data_ = nullptr;
 };
 
-// What cudaMalloc gives a kernel, in a test: `size` elements, `offset` elements behind a 256-byte boundary.
+// Test memory in place of cudaMalloc's: `size` elements; with an offset, that many elements after a 256-byte boundary.
 template <typename T>
 class DeviceArray {
  public:

@@ -92,7 +92,7 @@ def _row_scales(call: LossCall, heads: Tensor, vocab_size: int, shard: Vocabular
     total = total if shard is None else shard.sum_(total)
     if backend_of(total.device).sees_values:
         return RowScales(heads, class_weight_sum=float(total))
-    return RowScales(heads, class_weight_total=total.float().reshape(1))
+    return RowScales(heads, class_weight_total=total.reshape(1))
 
 
 def _row_weights(call: LossCall, selection: RowSelection) -> Tensor | None:

@@ -97,7 +97,7 @@ class RowScales:
 
     heads: Tensor  # [n], the weight of each head's rows
     class_weight_sum: float = 0.0  # over the whole vocabulary; its size where there are no class weights
-    class_weight_total: Tensor | None = None  # [1] float32, the same sum where the host would have to wait for it
+    class_weight_total: Tensor | None = None  # [1] float64, the same sum where the host would have to wait for it
 
 
 def loss_rows_(

@@ -1,4 +1,4 @@
-// bfloat16 as CUDA names it: storage and conversions only, round to nearest even.
+// CUDA's bfloat16: storage and conversions only, round to nearest even.
 #pragma once
 #include "core/dtype.h"
 #include "cuda_runtime.h"

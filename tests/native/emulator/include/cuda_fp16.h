@@ -1,4 +1,4 @@
-// float16 as CUDA names it: storage and conversions only, round to nearest even, with subnormal numbers.
+// CUDA's float16: storage and conversions only, round to nearest even, with subnormal numbers.
 #pragma once
 #include "cuda_runtime.h"
 

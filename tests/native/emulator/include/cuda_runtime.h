@@ -1,5 +1,4 @@
-// The part of CUDA C++ that kernels use, over the emulated device. What is absent here does not compile under
-// emulation;
+// The part of CUDA C++ that kernels use, on the emulated device; anything else does not compile under emulation.
 // `__shared__` is absent on purpose: blocks of a cluster run side by side, so shared memory is always dynamic (see
 // csrc/kernels/shared_memory.cuh).
 #pragma once
@@ -49,7 +48,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
-// The default arguments are the place of the call, so that the emulator sees threads that meet from two places.
+// The default arguments capture the call site, so that the emulator detects threads that meet from two places.
 inline void __syncthreads(EMULATOR_CALLER) { emulator::block_barrier({file, line}); }
 inline void __syncwarp(unsigned mask = ~0u, EMULATOR_CALLER) { emulator::warp_barrier(mask, {file, line}); }
 
@@ -77,8 +76,8 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATOR_CALLER) {
 }
 
 namespace emulator {
-// The twin of csrc/kernels/mma.cuh: every lane shows its operands, and gathers those of its four results from the lanes
-// that hold them. `element(word, half)` reads one of the two elements of a word.
+// Host twin of csrc/kernels/mma.cuh: every lane publishes its operands, and gathers those of its four results from the
+// lanes that hold them. `element(word, half)` reads one of the two elements of a word.
 template <typename Read>
 void warp_mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], const Read& element, EMULATOR_CALLER) {
   const unsigned own[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};

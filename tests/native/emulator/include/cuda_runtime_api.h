@@ -1,4 +1,4 @@
-// The part of CUDA's runtime that launchers use, over the emulated device.
+// The part of CUDA's runtime API that launchers use, on the emulated device.
 #pragma once
 #include <cstddef>
 #include <functional>
@@ -41,7 +41,7 @@ struct cudaLaunchConfig_t {
 };
 
 namespace emulator {
-// The shared memory that a kernel has been allowed beyond the 48 KiB that need no permission.
+// A kernel's limit on dynamic shared memory: 48 KiB, or what it has opted in to.
 inline size_t& shared_limit(const void* kernel) {
   static std::map<const void*, size_t> limits;
   return limits.try_emplace(kernel, size_t{48} << 10).first->second;
@@ -88,7 +88,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Formal...), cudaFuncAttribute, i
   return cudaSuccess;
 }
 
-// How many clusters of this shape run at once; a kernel without permission for its shared memory runs in none.
+// Number of clusters of this shape that fit at once; 0 for a kernel not opted in to its shared memory.
 template <typename... Formal>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Formal...), const cudaLaunchConfig_t* config) {
   const unsigned size = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;

@@ -73,7 +73,7 @@ def config_of(shape: MTPConfig, seed: int, args: argparse.Namespace, out: Path) 
         cache=args.cache,
         model=ModelConfig(
             n_future=N_FUTURE,
-            variant=shape.variant,  # type: ignore[arg-type]  # one of the names that the option lists
+            variant=shape.variant,
             d_model=WIDTH,
             n_layers=LAYERS,
             n_attn_heads=shape.n_attn_heads,

@@ -77,6 +77,11 @@ def test_the_whole_context_can_be_used(model: MTPModel, prompts: list[Tensor]) -
         generate(model, prompts[:1], 36)
 
 
+def next_token_logits(model: MTPModel, tokens: torch.Tensor, cache: KVCache, counts: list[int]) -> torch.Tensor:
+    """Head 1's logits ``[B, V]`` after the last token of each row."""
+    return model.heads.logits(1, model.next_token_hidden(tokens, cache, counts))
+
+
 def test_reading_in_pieces_equals_reading_at_once(model: MTPModel) -> None:
     """Chunked reading (several tokens after others), for rows of equal and of unequal lengths."""
     tokens = torch.randint(VOCAB_SIZE, (2, 12))
@@ -84,9 +89,9 @@ def test_reading_in_pieces_equals_reading_at_once(model: MTPModel) -> None:
     for counts in ([4, 4], [4, 2]):
         cache = KVCache(2, 12)
         padded = tokens[:, :4].clone()
-        model.next_token_logits(padded, cache, counts)
+        next_token_logits(model, padded, cache, counts)
         rest = torch.stack([row[n : n + 8] for row, n in zip(tokens, counts, strict=True)])
-        logits = model.next_token_logits(rest, cache, [8, 8])
+        logits = next_token_logits(model, rest, cache, [8, 8])
         at = [n + 7 for n in counts]
         torch.testing.assert_close(logits, expected[[0, 1], at], rtol=1e-11, atol=1e-11)
         assert cache.lengths == [n + 8 for n in counts]
@@ -94,11 +99,11 @@ def test_reading_in_pieces_equals_reading_at_once(model: MTPModel) -> None:
 
 def test_the_cache_refuses_what_it_cannot_hold(model: MTPModel) -> None:
     cache = KVCache(1, 4)
-    model.next_token_logits(torch.zeros(1, 3, dtype=torch.int64), cache, [3])
+    next_token_logits(model, torch.zeros(1, 3, dtype=torch.int64), cache, [3])
     with pytest.raises(ValueError, match=r"holds 4 tokens a row, got 3 \+ 2"):
-        model.next_token_logits(torch.zeros(1, 2, dtype=torch.int64), cache, [2])
+        next_token_logits(model, torch.zeros(1, 2, dtype=torch.int64), cache, [2])
     with pytest.raises(ValueError, match="must have the cache's 1 rows"):
-        model.next_token_logits(torch.zeros(2, 1, dtype=torch.int64), cache, [1, 1])
+        next_token_logits(model, torch.zeros(2, 1, dtype=torch.int64), cache, [1, 1])
     with pytest.raises(ValueError, match="document_ids must be None"):
         model.trunk(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), cache)
 
@@ -177,7 +182,7 @@ def test_tokens_are_those_drawn_from_all_logits(
     tokens, counts = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), list(LENGTHS)
     with torch.no_grad():
         for _ in range(10):
-            drawn = sampling.draw(model.next_token_logits(tokens, cache, counts), generator)
+            drawn = sampling.draw(next_token_logits(model, tokens, cache, counts), generator)
             for row, token in zip(expected, drawn.tolist(), strict=True):
                 row.append(token)
             tokens, counts = drawn[:, None], [1] * len(prompts)

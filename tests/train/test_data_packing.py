@@ -93,24 +93,6 @@ def test_a_row_by_hand() -> None:
     assert batch.document_ids.tolist() == [[0, 0, 0, 1, 2, 2]]
 
 
-@given(corpora, st.sampled_from([(6, 1), (6, 2), (6, 3), (6, 6), (8, 4)]), st.integers(1, 4))
-def test_shorter_rows_have_the_same_tokens_and_targets(
-    lengths: list[int], sizes: tuple[int, int], n_future: int
-) -> None:
-    whole, shorter = sizes
-    batch = all_rows(split_of(lengths), whole, n_future)
-    cut = batch.with_seq_len(shorter)
-    assert cut.tokens.shape == (batch.tokens.numel() // shorter, shorter)
-    assert cut.labels.shape == cut.document_ids.shape == (cut.tokens.shape[0], shorter + n_future)
-    assert cut.tokens.flatten().tolist() == batch.tokens.flatten().tolist()
-    assert targets(cut) == targets(batch) and not cut.document_ids[:, 0].any()
-
-
-def test_a_context_that_does_not_divide_the_row_is_rejected() -> None:
-    with pytest.raises(ValueError, match="seq_len must be a divisor of 6, got 4"):
-        all_rows(split_of([10]), 6, 2).with_seq_len(4)
-
-
 @given(corpora, shard_sizes, st.integers(0, 150), st.integers(0, 150))
 def test_reading_across_shards(lengths: list[int], shard_tokens: int, start: int, length: int) -> None:
     split = split_of(lengths, shard_tokens)

@@ -9,7 +9,7 @@ import torch
 
 from mtp_ext.nn import MTPModel
 from mtp_ext.ops import MultiTokenLoss
-from mtp_ext.train.config import LossConfig, OptimConfig
+from mtp_ext.train.config import OptimConfig
 from mtp_ext.train.data import Batch, TrainingStream
 from mtp_ext.train.optim import Optimizers
 from mtp_ext.train.step import NotFiniteError, head_weights, targets_of_heads, train_step
@@ -60,8 +60,9 @@ def test_a_step_reports_what_one_large_batch_would(tmp_path: Path) -> None:
     batch, results = whole_batch(tmp_path, 8), []
     for batches in ([batch], parts(batch, 3)):
         model = fresh(tmp_path)
-        loss = LossConfig(head_weights=(1.0, 0.25))
-        results.append(train_step(model, Optimizers(model, OptimConfig()), batches, CPU, loss, 1.0))
+        results.append(
+            train_step(model, Optimizers(model, OptimConfig()), batches, CPU, "sequential", 1.0, (1.0, 0.25))
+        )
     whole, summed = results
     assert summed.grad_norm == pytest.approx(whole.grad_norm, rel=1e-12)
     assert summed.heads.loss == pytest.approx(whole.heads.loss, rel=1e-12)
@@ -85,7 +86,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(tmp_path: Path) -> None:
         model.unembed.weight[3, 0] = float("inf")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(NotFiniteError, match="the loss is not finite"):
-        train_step(model, Optimizers(model, OptimConfig()), [batch], CPU, LossConfig(), 1.0)
+        train_step(model, Optimizers(model, OptimConfig()), [batch], CPU, "sequential", 1.0, (1.0, 1.0))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -94,5 +95,5 @@ def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path: Path) -> None:
     model.embed.weight.register_hook(lambda grad: grad * float("nan"))  # type: ignore[no-untyped-call]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(NotFiniteError, match="gradient norm: nan"):
-        train_step(model, Optimizers(model, OptimConfig()), [batch], CPU, LossConfig(), 1.0)
+        train_step(model, Optimizers(model, OptimConfig()), [batch], CPU, "sequential", 1.0, (1.0, 1.0))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -2,7 +2,7 @@
 
 from mtp_ext.nn.composed import ComposedModel
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.nn.heads.heads import Head
+from mtp_ext.nn.heads.head import Head
 from mtp_ext.nn.interop.add_heads import add_heads
 from mtp_ext.nn.interop.convert import convert
 from mtp_ext.nn.model import MTPModel

@@ -6,12 +6,39 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from mtp_ext.nn.presets import PRESETS
 from mtp_ext.nn.variants import VARIANTS, Variant, check_variant
 
 _FEED_FORWARD_MULTIPLE = 64
+
+
+class Shape(NamedTuple):
+    """A model of the paper: width, transformer layers in all (trunk and heads), attention heads."""
+
+    d_model: int
+    n_layers: int
+    n_attn_heads: int
+
+
+# Appendix M; the names are nominal parameter counts.
+PRESETS: dict[str, Shape] = {
+    # Synthetic tasks.
+    "1M": Shape(128, 5, 4),
+    "3M": Shape(256, 4, 8),
+    "10M": Shape(384, 6, 8),
+    "30M": Shape(512, 10, 8),
+    "100M": Shape(768, 14, 12),
+    "300M": Shape(1024, 25, 16),
+    "1B": Shape(1536, 36, 24),
+    # Code models.
+    "0.3B": Shape(1024, 18, 16),
+    "0.6B": Shape(1280, 27, 20),
+    "1.3B": Shape(2048, 24, 16),
+    "3B": Shape(2560, 36, 20),
+    "6.7B": Shape(4096, 32, 32),
+    "13B": Shape(5120, 40, 40),
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +151,7 @@ class MTPConfig:
         """A shape of the paper (Appendix M), by name: "1M", "3M", ... "13B".
 
         Args:
-            name: One of :data:`mtp_ext.nn.presets.PRESETS`.
+            name: One of :data:`mtp_ext.nn.config.PRESETS`.
             vocab_size, n_future, variant: As in the constructor.
             overrides: Any other field, those of the shape included.
         Raises:
@@ -174,7 +201,7 @@ class MTPConfig:
 
     @property
     def traits(self) -> Variant:
-        """What the variant's heads are made of."""
+        """The variant's row of the table of architectures."""
         return VARIANTS[self.variant]
 
     @property
@@ -208,20 +235,21 @@ class MTPConfig:
         """1 if the heads share the unembedding, else ``n_future``."""
         return self.n_future if self.replicates else 1
 
+    @property
+    def _layer_matrices(self) -> int:
+        """Parameters of a transformer layer's matrices."""
+        return self.d_model * ((2 * self.n_attn_heads + 2 * self.kv_heads) * self.head_dim + 3 * self.ff_dim)
+
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of ``embed``, ``trunk``, ``heads``, ``unembed`` (less what is tied), and the ``total``."""
         width = self.d_model
-        layer = width * ((2 * self.n_attn_heads + 2 * self.kv_heads) * self.head_dim + 3 * self.ff_dim + 2)
-        head = {
-            "transformer": self.n_future * layer,
-            "linear": self.n_future * width * width,
-            "module": (self.n_future - 1) * (layer + 2 * width * width + 2 * width),
-            "none": 0,
-        }
+        layer = self._layer_matrices + 2 * width
+        kind = self.traits.layer
+        own = kind.count(self.n_future) * (kind.blocks * layer + kind.matrices * width * width + kind.vectors * width)
         counts = {
             "embed": self.vocab_size * width,
             "trunk": self.n_trunk_layers * layer,
-            "heads": head[self.traits.layer] + width * (1 if self.one_final_norm else self.n_future),
+            "heads": own + width * (1 if self.one_final_norm else self.n_future),
             "unembed": (self.n_unembeddings - self.tie_embeddings) * self.vocab_size * width,
         }
         return counts | {"total": sum(counts.values())}
@@ -236,18 +264,13 @@ class MTPConfig:
             seq_len: ``S``; a token attends to ``(S + 1) / 2`` tokens on average.
         """
         width, attention = self.d_model, self.n_attn_heads * self.head_dim
-        matrices = width * ((2 * self.n_attn_heads + 2 * self.kv_heads) * self.head_dim + 3 * self.ff_dim)
-        layer = 2.0 * matrices + 4.0 * attention * (seq_len + 1) / 2
-        head = {
-            "transformer": self.n_future * layer,
-            "linear": 2.0 * self.n_future * width * width,
-            "module": (self.n_future - 1) * (layer + 4.0 * width * width),
-            "none": 0.0,
-        }
+        layer = 2.0 * self._layer_matrices + 4.0 * attention * (seq_len + 1) / 2
+        kind = self.traits.layer
+        own = kind.count(self.n_future) * (kind.blocks * layer + 2.0 * kind.matrices * width * width)
         rows = 1 if self.traits.one_norm and not self.replicates else self.n_future
         flops = {
             "trunk": self.n_trunk_layers * layer,
-            "heads": head[self.traits.layer],
+            "heads": own,
             "unembed": 2.0 * rows * self.vocab_size * width,
         }
         return flops | {"total": sum(flops.values())}

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pkgutil
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mtp_ext.nn.composed import MultiTokenModel
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.nn.heads.deepseek_module import SequentialModule, tokens_ahead
-from mtp_ext.nn.heads.heads import Head, Heads
+from mtp_ext.nn.heads.deepseek_module import tokens_ahead
+from mtp_ext.nn.heads.head import Head
+from mtp_ext.nn.heads.heads import Heads
 from mtp_ext.nn.heads.unembedding import ReplicatedUnembedding
+from mtp_ext.nn.multi_token_model import MultiTokenModel
 from mtp_ext.nn.schedules.head_stack import head_outputs
 from mtp_ext.nn.transformer.attention import AttentionContext
 from mtp_ext.nn.transformer.kv_cache import KVCache
-from mtp_ext.nn.transformer.layers import Block, RMSNorm
+from mtp_ext.nn.transformer.layers import RMSNorm
 from mtp_ext.nn.transformer.trunk import Trunk
 
 
@@ -45,7 +47,6 @@ class MTPHeads(Heads):
         self.config = config
 
     def context(self, hidden: Tensor, tokens: Tensor | None, document_ids: Tensor | None) -> AttentionContext:
-        """As of the base class. ``tokens [B, S']`` are read by heads that read tokens ahead."""
         context = AttentionContext.of_sequences(self.config, hidden.shape[1], document_ids, hidden.device, hidden.dtype)
         if tokens is None or not self.reads_tokens:
             return context
@@ -61,14 +62,9 @@ class MTPHeads(Heads):
 
 def _make_head(config: MTPConfig, k: int, *, own_norm: bool) -> Head:
     """Head ``k``. Its layer's number in the key-value cache goes on from the trunk's."""
-    layer, kind = config.n_trunk_layers + k - 1, config.traits.layer
-    block: nn.Module | None = None
-    if kind == "transformer":
-        block = Block(config, layer)
-    elif kind == "linear":
-        block = nn.Linear(config.d_model, config.d_model, bias=False)
-    elif kind == "module" and k > 1:
-        block = SequentialModule(config, layer, k)
+    layer, block = config.traits.layer, None
+    if layer.module is not None and k >= layer.first_head:
+        block = pkgutil.resolve_name(layer.module)(config, config.n_trunk_layers + k - 1, k)
     return Head(block, RMSNorm(config.d_model, config.norm_eps) if own_norm else None, config.norm_eps)
 
 
@@ -131,7 +127,6 @@ class MTPModel(MultiTokenModel):
                 nn.init.normal_(weight, std=config.unembed_init_std)
 
     def prepare(self, tokens: Tensor, document_ids: Tensor | None) -> AttentionContext:
-        """As of the base class."""
         if self.config.tie_embeddings and isinstance(self.unembed, nn.Linear):
             if self.unembed.weight is not self.embed.weight:
                 raise ValueError(
@@ -142,13 +137,11 @@ class MTPModel(MultiTokenModel):
         return self.trunk.context(tokens, document_ids)
 
     def with_tokens_ahead(self, context: AttentionContext, tokens: Tensor, labels: Tensor | None) -> AttentionContext:
-        """As of the base class."""
         if not self.heads.reads_tokens:
             return context
         return dataclasses.replace(context, tokens=tokens_ahead(tokens, labels, self.config.n_future))
 
     def run_trunk(self, tokens: Tensor, document_ids: Tensor | None, context: AttentionContext) -> Tensor:
-        """As of the base class."""
         hidden: Tensor = self.trunk(tokens, context=context)
         return hidden
 
@@ -167,7 +160,3 @@ class MTPModel(MultiTokenModel):
         cache.advance(counts)
         last = torch.tensor(counts, device=tokens.device) - 1
         return normed[torch.arange(len(counts), device=tokens.device), last]
-
-    def next_token_logits(self, tokens: Tensor, cache: KVCache, counts: Sequence[int]) -> Tensor:
-        """Head 1's logits ``[B, V]`` of :meth:`next_token_hidden`."""
-        return self.heads.logits(1, self.next_token_hidden(tokens, cache, counts))

@@ -1,6 +1,7 @@
-"""What tells the architectures of the heads apart: their layers, and which head reads which.
+"""The table of architectures: the layers of the heads, and which head reads which.
 
-The five of Gloeckle et al. 2024 (appendix B), and two more that users of multi-token prediction know.
+The five of Gloeckle et al. 2024 (appendix B), and two more that users of multi-token prediction know. A new kind of
+head is a :class:`HeadLayer`, a row of :data:`VARIANTS` and a module.
 """
 
 from __future__ import annotations
@@ -10,38 +11,68 @@ from typing import Literal, NamedTuple
 Chains = tuple[tuple[int, ...], ...]
 
 
+class HeadLayer(NamedTuple):
+    """What a head has between its input and its final norm.
+
+    Attributes:
+        module: ``"package.module:name"`` of what makes it from ``(config, layer, k)``: the model's configuration, the
+            layer's number in the key-value cache, and the head ``1..n``. None for heads without a layer.
+        blocks: How many transformer layers it contains.
+        matrices: How many ``[D, D]`` matrices it has beside them.
+        vectors: How many ``[D]`` vectors.
+        first_head: The first head that has one.
+    """
+
+    module: str | None
+    blocks: int = 0
+    matrices: int = 0
+    vectors: int = 0
+    first_head: int = 1
+
+    def count(self, n_future: int) -> int:
+        """How many of ``n_future`` heads have one."""
+        return 0 if self.module is None else n_future - self.first_head + 1
+
+
+NO_LAYER = HeadLayer(None)
+LINEAR = HeadLayer("mtp_ext.nn.heads.layers:linear_layer", matrices=1)
+TRANSFORMER = HeadLayer("mtp_ext.nn.heads.layers:transformer_layer", blocks=1)
+# A transformer layer that also reads the embedding of a later token (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+DEEPSEEK_MODULE = HeadLayer(
+    "mtp_ext.nn.heads.deepseek_module:SequentialModule", blocks=1, matrices=2, vectors=2, first_head=2
+)
+
+
 class Variant(NamedTuple):
     """One architecture.
 
     Attributes:
-        layer: What a head has between its input and its final norm: a transformer layer, one matrix, or nothing;
-            "module" is a transformer layer that also reads the embeddings of later tokens, in all heads but the first.
+        layer: The layer of each head.
         order: Which head reads which: "independent" heads all read the trunk; "outward", head ``k`` reads head
             ``k - 1`` and head 1 the trunk; "inward", head ``k`` reads head ``k + 1`` and head ``n`` the trunk.
         own_unembedding: Whether each head has an unembedding of its own.
         one_norm: Whether there is one final norm whatever the configuration says.
     """
 
-    layer: Literal["transformer", "linear", "module", "none"]
+    layer: HeadLayer
     order: Literal["independent", "outward", "inward"]
     own_unembedding: bool = False
     one_norm: bool = False
 
     def n_layers(self, n_future: int) -> int:
         """Transformer layers of ``n_future`` heads together."""
-        return {"transformer": n_future, "module": n_future - 1}.get(self.layer, 0)
+        return self.layer.blocks * self.layer.count(n_future)
 
 
 VARIANTS: dict[str, Variant] = {
-    "parallel": Variant("transformer", "independent"),
-    "linear": Variant("linear", "independent"),
-    "replicated": Variant("none", "independent", own_unembedding=True),
-    "causal": Variant("transformer", "outward"),
-    "anticausal": Variant("transformer", "inward"),
-    # DeepSeek-V3 (arXiv 2412.19437, section 2.2).
-    "sequential_modules": Variant("module", "outward"),
+    "parallel": Variant(TRANSFORMER, "independent"),
+    "linear": Variant(LINEAR, "independent"),
+    "replicated": Variant(NO_LAYER, "independent", own_unembedding=True),
+    "causal": Variant(TRANSFORMER, "outward"),
+    "anticausal": Variant(TRANSFORMER, "inward"),
+    "sequential_modules": Variant(DEEPSEEK_MODULE, "outward"),
     # n targets on one row of logits: the heads have nothing of their own.
-    "shared": Variant("none", "independent", one_norm=True),
+    "shared": Variant(NO_LAYER, "independent", one_norm=True),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mtp_ext.nn import MTPConfig
 from mtp_ext.nn.variants import VARIANTS
@@ -23,7 +23,10 @@ DEFAULT_TRUNK_LAYERS = 2
 DEFAULT_HEAD_DIM = 64
 FREE = {"resume": "free"}
 
-Variant = Literal["parallel", "linear", "replicated", "causal", "anticausal", "sequential_modules", "shared"]
+if TYPE_CHECKING:
+    Variant = str
+else:
+    Variant = Literal[tuple(VARIANTS)]
 
 
 def _check_at_least(minimum: float, prefix: str, config: object, *names: str) -> None:

@@ -47,9 +47,9 @@ class Loop:
 
     def __init__(self, trainer: Trainer, record: MetricsWriter, display: Display) -> None:
         self.trainer, self.record, self.display = trainer, record, display
+        self._config, self._progress = trainer.config, trainer.progress
         self._start = time.perf_counter()
-        self._seconds_before = trainer.progress.seconds
-        self._fraction_before = trainer.progress.fraction(trainer.config.limits)
+        self._seconds_before, self._fraction_before = self._progress.seconds, trainer.fraction
         self._step_seconds, self._step_tokens = 0.0, 0
         self._last_save = self._start
         self._pending: dict[str, Any] | None = None  # the last step's record, until it is written
@@ -60,15 +60,15 @@ class Loop:
         Raises:
             TrainingFailedError: The loss or the gradient stopped being finite.
         """
-        trainer, limits = self.trainer, self.trainer.config.limits
+        trainer = self.trainer
         with StopRequest() as stop:
-            while stop.received is None and trainer.progress.fraction(limits) < 1.0:
+            while stop.received is None and trainer.fraction < 1.0:
                 self._step()
                 loss = self._validate()
                 if self._checkpoint_is_due(loss):
                     trainer.save(loss)
                     self._last_save = time.perf_counter()
-                trainer.progress.seconds = self._seconds()
+                self._progress.seconds = self._seconds()
             self._write_record()
             trainer.save()
         speed = self._step_tokens / self._step_seconds if self._step_seconds else 0.0
@@ -80,18 +80,17 @@ class Loop:
 
     def _step(self) -> None:
         """Takes a step, records it if it is time to, and shows it."""
-        factor = self.trainer.learning_rate_factor()
         before = time.perf_counter()
         try:
             result = self.trainer.step()
         except NotFiniteError as error:
             raise TrainingFailedError(self._explain(error)) from None
         self._step_seconds += time.perf_counter() - before
-        self._step_tokens += self.trainer.config.tokens_per_step
-        self.trainer.progress.seconds = self._seconds()
-        self._pending = self._values(result, factor)
-        step = self.trainer.progress.step
-        if step == 1 or step % self.trainer.config.logging.every_steps == 0:
+        self._step_tokens += self._config.tokens_per_step
+        self._progress.seconds = self._seconds()
+        self._pending = self._values(result)
+        step = self._progress.step
+        if step == 1 or step % self._config.logging.every_steps == 0:
             self._write_record()
         self._show(result)
 
@@ -100,18 +99,18 @@ class Loop:
         good = list_checkpoints(self.trainer.checkpoints)
         last = f"the last good checkpoint is {good[-1].path}" if good else "there is no checkpoint yet"
         return (
-            f"step {self.trainer.progress.step + 1}: {error}. Training stopped; {last}. A lower learning rate "
+            f"step {self._progress.step + 1}: {error}. Training stopped; {last}. A lower learning rate "
             "(--optim.lr, --optim.muon-lr) or a longer warmup (--schedule.warmup-steps) usually helps"
         )
 
-    def _values(self, result: StepResult, factor: float) -> dict[str, Any]:
+    def _values(self, result: StepResult) -> dict[str, Any]:
         """The record of a step."""
         return {
             **self.trainer.position(),
             **result.heads.as_dict(),
-            "head_weights": list(self.trainer.loss_weights.current),
+            "head_weights": list(result.head_weights),
             "grad_norm": result.grad_norm,
-            "lr": factor * self.trainer.config.optim.lr,
+            "lr": result.factor * self._config.optim.lr,
             "tokens_per_second": self._step_tokens / self._step_seconds,
             "memory_bytes": memory_bytes(self.trainer.compute.device),
         }
@@ -119,16 +118,15 @@ class Loop:
     def _write_record(self) -> None:
         """Writes the record of the last step, once."""
         if self._pending is not None:
-            self.record.write("train", self.trainer.progress.step, self._pending)
+            self.record.write("train", self._progress.step, self._pending)
         self._pending = None
 
     def _show(self, result: StepResult) -> None:
         """Shows how far the run is, and how well the last step did."""
-        progress = self.trainer.progress
-        fraction = progress.fraction(self.trainer.config.limits)
+        progress, fraction = self._progress, self.trainer.fraction
         gained = fraction - self._fraction_before
         left = (1.0 - fraction) * (progress.seconds - self._seconds_before) / gained if gained > 0 else None
-        weighted = zip(result.heads.head_loss, self.trainer.loss_weights.current, strict=True)
+        weighted = zip(result.heads.head_loss, result.head_weights, strict=True)
         losses = " ".join(f"{loss:.2f}" if weight else "-" for loss, weight in weighted)
         speed = self._step_tokens / self._step_seconds
         status = f"step {progress.step}  loss per head {losses}  {speed:,.0f} tokens/s"
@@ -136,25 +134,24 @@ class Loop:
 
     def _validate(self) -> float | None:
         """Validates if it is time to; returns head 1's loss in nats per token."""
-        trainer, settings = self.trainer, self.trainer.config.evaluation
-        if not settings.every_steps or trainer.progress.step % settings.every_steps or not trainer.has_validation:
+        trainer, settings, step = self.trainer, self._config.evaluation, self._progress.step
+        if not settings.every_steps or step % settings.every_steps or not trainer.has_validation:
             return None
         evaluation = trainer.evaluate(settings.batches)
-        self.record.write("validation", trainer.progress.step, {**trainer.position(), **evaluation.as_dict()})
-        self.display.say(f"step {trainer.progress.step}: {describe(evaluation)}")
+        self.record.write("validation", step, {**trainer.position(), **evaluation.as_dict()})
+        self.display.say(f"step {step}: {describe(evaluation)}")
         return evaluation.heads.head_loss[0]
 
     def _checkpoint_is_due(self, validation_loss: float | None) -> bool:
         """Whether steps, seconds or a new best loss ask for a checkpoint."""
-        settings, step = self.trainer.config.checkpoint, self.trainer.progress.step
+        settings, step = self._config.checkpoint, self._progress.step
         if settings.every_steps and step % settings.every_steps == 0:
             return True
         if settings.every_seconds and time.perf_counter() - self._last_save >= settings.every_seconds:
             return True
         if not settings.keep_best or validation_loss is None:
             return False
-        losses = [c.validation_loss for c in list_checkpoints(self.trainer.checkpoints)]
-        return validation_loss < min((loss for loss in losses if loss is not None), default=float("inf"))
+        return validation_loss < self.trainer.best_validation_loss()
 
 
 def describe(evaluation: Evaluation) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -16,19 +16,19 @@ from mtp_ext.ops import MultiTokenLoss
 
 @dataclass(frozen=True)
 class HeadMetrics:
-    """The loss of ``n`` heads and what its pass over the logits measured.
+    """Means of :class:`mtp_ext.ops.MultiTokenLoss` over batches; a field of that name is averaged by being here.
 
     Attributes:
         loss: The objective: the weighted sum over the heads, in nats.
-        head_loss: Each head's loss in nats per token.
         n_valid: Each head's number of targets.
+        head_loss: Each head's loss in nats per token.
         top1: The fraction of targets that each head ranks first.
         accept_length: Mean tokens that one self-speculative step would emit.
     """
 
     loss: float
-    head_loss: list[float]
     n_valid: list[int]
+    head_loss: list[float]
     top1: list[float]
     accept_length: float
 
@@ -42,43 +42,44 @@ class HeadMetrics:
         return asdict(self)
 
 
-class HeadTotals:
-    """Sums `MultiTokenLoss` over batches, so that the means are those of one large batch.
+AVERAGED = tuple(field.name for field in fields(HeadMetrics) if field.name not in ("loss", "n_valid"))
 
-    Losses and top-1 are weighted by each head's number of targets. The accept length is weighted by the targets of the
-    last head: a position counts in it only where all heads have a target.
+
+class HeadTotals:
+    """Sums :class:`mtp_ext.ops.MultiTokenLoss` over batches, so that the means are those of one large batch.
+
+    A value of each head is weighted by the head's number of targets, a value of all heads by that of the last head: a
+    position counts in it only where all heads have a target.
 
     Args:
         head_weights: Weight of each head in the objective; ``None`` is 1 each.
     """
 
     def __init__(self, head_weights: Sequence[float] | None = None) -> None:
-        self._weights = None if head_weights is None else torch.tensor(head_weights, dtype=torch.float64)
-        self._parts: list[Tensor] = []
+        self._weights = head_weights
+        self._counts: list[Tensor] = []
+        self._sums: dict[str, list[Tensor]] = {name: [] for name in AVERAGED}
 
     def add(self, result: MultiTokenLoss) -> None:
-        """Adds a batch; nothing waits for the device here."""
+        """Adds a batch, without a synchronisation."""
         counts = result.n_valid.double()
-        accept = result.accept_length.detach().double() * counts[-1:]
-        self._parts.append(
-            torch.cat([counts, result.head_loss.detach().double() * counts, result.top1.double() * counts, accept])
-        )
+        self._counts.append(counts)
+        for name, parts in self._sums.items():
+            value = getattr(result, name).detach().double()
+            parts.append(value * (counts if value.dim() else counts[-1]))
 
     def metrics(self) -> HeadMetrics:
         """The means over all batches so far."""
-        total = torch.stack(self._parts).sum(0).cpu()
-        n = (total.numel() - 1) // 3
-        counts, loss, top1 = total[:-1].view(3, n)
-        divisor = counts.clamp(min=1)
-        head_loss = loss / divisor
-        weighted = head_loss if self._weights is None else head_loss * self._weights
-        return HeadMetrics(
-            loss=float(weighted.sum()),
-            head_loss=head_loss.tolist(),
-            n_valid=[int(c) for c in counts.tolist()],
-            top1=(top1 / divisor).tolist(),
-            accept_length=float(total[-1] / divisor[-1]) if counts[-1] > 0 else 1.0,
-        )
+        counts = torch.stack(self._counts).sum(0).cpu()
+        means: dict[str, Any] = {}
+        for name, parts in self._sums.items():
+            total = torch.stack(parts).sum(0).cpu()
+            means[name] = (total / (counts if total.dim() else counts[-1]).clamp(min=1)).tolist()
+        if counts[-1] == 0:
+            means["accept_length"] = 1.0
+        weights = self._weights or [1.0] * len(counts)
+        loss = sum(loss * weight for loss, weight in zip(means["head_loss"], weights, strict=True))
+        return HeadMetrics(loss=loss, n_valid=[int(c) for c in counts.tolist()], **means)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mtp_ext.nn import MTPModel
 from mtp_ext.ops import MultiTokenLoss, count_targets
-from mtp_ext.train.config import LossConfig
 from mtp_ext.train.data import IGNORE_INDEX, Batch
 from mtp_ext.train.device import Compute
 from mtp_ext.train.metrics import HeadMetrics, HeadTotals
@@ -29,10 +28,14 @@ class StepResult:
     Attributes:
         heads: The loss over all micro-batches, before the update.
         grad_norm: Norm of the whole gradient before clipping.
+        head_weights: The heads' weights in the objective.
+        factor: The learning rate as a fraction of its peak.
     """
 
     heads: HeadMetrics
     grad_norm: float
+    head_weights: tuple[float, ...]
+    factor: float
 
 
 def train_step(
@@ -40,9 +43,9 @@ def train_step(
     optimizers: Optimizers,
     batches: Sequence[Batch],
     compute: Compute,
-    loss: LossConfig,
+    schedule: str,
     factor: float,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float],
 ) -> StepResult:
     """Takes one step on micro-batches; the result is that of all their rows in one batch.
 
@@ -51,14 +54,12 @@ def train_step(
         optimizers: Its optimisers.
         batches: The micro-batches.
         compute: Where and in what precision.
-        loss: Head weights and schedule.
+        schedule: The order of the heads, as :class:`mtp_ext.nn.MTPModel` takes it.
         factor: The learning rate as a fraction of its peak.
-        weights: The heads' weights in this step; default those of ``loss`` at the start of a run.
+        weights: The heads' weights in this step.
     Raises:
         NotFiniteError: The loss or the gradient is not finite; nothing is updated.
     """
-    if weights is None:
-        weights = loss.weights(model.config.n_future).current
     totals = HeadTotals(weights)
     counts = [targets_of_heads(batch, model.config.n_future) for batch in batches]
     for batch, count, share in zip(batches, counts, head_weights(counts, weights), strict=True):
@@ -69,7 +70,7 @@ def train_step(
                 labels=labels,
                 document_ids=document_ids,
                 head_weights=share.tolist(),  # numbers, not a tensor on the device: a head of weight 0 is then skipped
-                schedule=loss.schedule,
+                schedule=schedule,
                 max_valid=count,
             )
         assert isinstance(result, MultiTokenLoss)
@@ -81,7 +82,7 @@ def train_step(
         losses = ", ".join(f"{x:.4g}" for x in heads.head_loss)
         raise NotFiniteError(f"the loss is not finite (per head: {losses}; gradient norm: {grad_norm:.4g})")
     optimizers.step(factor)
-    return StepResult(heads, grad_norm)
+    return StepResult(heads, grad_norm, tuple(weights), factor)
 
 
 def head_weights(counts: Sequence[Sequence[int]], weights: Sequence[float] | None) -> list[Tensor]:

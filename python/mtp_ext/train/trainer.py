@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from mtp_ext.nn import MTPModel
 from mtp_ext.train.checkpoint.directory import (
     Checkpoint,
+    list_checkpoints,
     load_model_state,
     load_training_state,
     prune_checkpoints,
@@ -111,16 +113,10 @@ class Trainer:
         """Where the run is, for the record: tokens, passes over the training split, seconds of training."""
         return {"tokens": self.progress.tokens, "epochs": self.stream.epochs, "seconds": self.progress.seconds}
 
-    def learning_rate_factor(self) -> float:
-        """The learning rate of the next step as a fraction of its peak."""
-        schedule = self.config.schedule
-        return learning_rate_factor(
-            self.progress.step,
-            self.progress.fraction(self.config.limits),
-            warmup_steps=schedule.warmup_steps,
-            decay_ratio=schedule.decay_ratio,
-            decay=schedule.decay,
-        )
+    @property
+    def fraction(self) -> float:
+        """The fraction of the run that is done."""
+        return self.progress.fraction(self.config.limits)
 
     def step(self) -> StepResult:
         """Takes the next step.
@@ -129,10 +125,23 @@ class Trainer:
             NotFiniteError: The loss or the gradient is not finite; the model is still that of the step before.
         """
         self.model.train()
-        batches = [next(self.stream) for _ in range(self.config.batch.accumulation)]
-        factor = self.learning_rate_factor()
-        weights = self.loss_weights.advance(self.progress.fraction(self.config.limits))
-        result = train_step(self.model, self.optimizers, batches, self.compute, self.config.loss, factor, weights)
+        config, schedule, fraction = self.config, self.config.schedule, self.fraction
+        batches = [next(self.stream) for _ in range(config.batch.accumulation)]
+        factor = learning_rate_factor(
+            self.progress.step,
+            fraction,
+            warmup_steps=schedule.warmup_steps,
+            decay_ratio=schedule.decay_ratio,
+            decay=schedule.decay,
+        )
+        weights = self.loss_weights.advance(fraction)
+        order = config.loss.schedule
+        result = train_step(self.model, self.optimizers, batches, self.compute, order, factor, weights)
         self.progress.step += 1
-        self.progress.tokens += self.config.tokens_per_step
+        self.progress.tokens += config.tokens_per_step
         return result
+
+    def best_validation_loss(self) -> float:
+        """The lowest validation loss of a checkpoint, in nats per token; infinity without one."""
+        losses = [c.validation_loss for c in list_checkpoints(self.checkpoints)]
+        return min((loss for loss in losses if loss is not None), default=math.inf)

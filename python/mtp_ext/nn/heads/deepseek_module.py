@@ -21,14 +21,14 @@ class SequentialModule(nn.Module):
     Args:
         config: The model's.
         layer: The layer's number in the key-value cache.
-        head: ``k >= 2``.
+        k: The head, at least 2.
     """
 
     reads_embedding = True
 
-    def __init__(self, config: MTPConfig, layer: int, head: int) -> None:
+    def __init__(self, config: MTPConfig, layer: int, k: int) -> None:
         super().__init__()
-        self.ahead = head - 1
+        self.ahead = k - 1
         self.state_norm = RMSNorm(config.d_model, config.norm_eps)
         self.token_norm = RMSNorm(config.d_model, config.norm_eps)
         self.joint = nn.Linear(2 * config.d_model, config.d_model, bias=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_ext.nn.heads.head import Head
 from mtp_ext.nn.heads.unembedding import ReplicatedUnembedding
 from mtp_ext.nn.schedules.dispatch import check_schedule, multi_token_loss
 from mtp_ext.nn.schedules.fsdp import gathered, reduce_in_backward
@@ -19,52 +19,12 @@ from mtp_ext.nn.variants import VARIANTS, chains_of, check_variant
 from mtp_ext.ops.common.checks import describe
 from mtp_ext.ops.common.result import MultiTokenLoss
 from mtp_ext.ops.common.runtime import is_dtensor
-from mtp_ext.ops.rms_norm import rms_norm, rms_norm_heads
+from mtp_ext.ops.rms_norm import rms_norm_heads
 from mtp_ext.ops.rms_norm import uses_kernel as rms_norm_uses_kernel
 from mtp_ext.ops.top_classes import largest_logits
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class Head(nn.Module):
-    """A layer and, unless the heads share one, the final norm before the unembedding.
-
-    Args:
-        block: ``[B, S, D] -> [B, S, D]``. Its forward takes the hidden states and, if it has a second positional
-            parameter, the context of the trunk's forward; with ``reads_embedding = True``, also the embedding's weight.
-            None passes the input on.
-        norm: The final norm; None where the heads share one.
-        norm_eps: Of the shared norm.
-    """
-
-    def __init__(self, block: nn.Module | None, norm: nn.Module | None, norm_eps: float = 1e-5) -> None:
-        super().__init__()
-        self.norm_eps = norm_eps
-        self.block, self.norm = block, norm
-        self.reads_embedding: bool = getattr(block, "reads_embedding", False)
-        self._reads_context = block is not None and _takes_two(block)
-
-    def forward(
-        self, x: Tensor, context: Any, shared_norm: Tensor | None = None, embedding: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The layer's output and, normed, what the unembedding takes.
-
-        Args:
-            x: ``[B, S, D]``, the trunk's hidden states, or the output of the head before in a chained variant.
-            context: That of the trunk's forward.
-            shared_norm: ``[D]``, the weight of the shared final norm.
-            embedding: ``[V, D]``, for a block that reads it.
-        Returns:
-            Two ``[B, S, D]``.
-        """
-        state = x
-        if self.block is not None:
-            arguments = [context] if self._reads_context else []
-            state = self.block(x, *arguments, *([embedding] if self.reads_embedding else []))
-        if self.norm is not None:
-            return state, self.norm(state)
-        return state, state if shared_norm is None else rms_norm(state, shared_norm, self.norm_eps)
 
 
 class Heads(nn.Module):
@@ -176,7 +136,7 @@ class Heads(nn.Module):
         None where the heads have to run one by one: they are more than a norm, somebody watches or has changed one of
         them, or ``x`` is not for the kernel, and reading it once gains nothing.
         """
-        found = [_only_norm(self.head(k)) for k in sorted(wanted)]
+        found = [self.head(k).norm_alone() for k in sorted(wanted)]
         norms = [norm for norm in found if norm is not None]
         if len(norms) < max(2, len(found)) or len({(norm.eps, norm.weight.dtype) for norm in norms}) > 1:
             return None
@@ -251,38 +211,6 @@ class Heads(nn.Module):
         return result
 
 
-HeadModules = Sequence[nn.Module] | Callable[[int], nn.Module]
-
-
-def make_heads(modules: HeadModules, n_future: int | None, width: int, norm_eps: float = 1e-5) -> list[Head]:
-    """Heads of a user's own modules, each with a final RMSNorm of its own; a :class:`Head` is taken as it is.
-
-    Args:
-        modules: One module a head, or a function that makes that of head ``k``, ``1..n``.
-        n_future: ``n``; needed with a function.
-        width: ``D``.
-        norm_eps: Of the norms that are made.
-    Raises:
-        TypeError, ValueError: No such modules, a wrong number of them, or one object for several heads.
-    """
-    if isinstance(modules, Sequence):
-        made = list(modules)
-        if n_future is not None and len(made) != n_future:
-            raise ValueError(f"heads must hold n_future={n_future} modules, got {len(made)}")
-    elif callable(modules) and not isinstance(modules, nn.Module):
-        if n_future is None:
-            raise ValueError("n_future must be given where heads is a function")
-        made = [modules(k) for k in range(1, n_future + 1)]
-    else:
-        raise TypeError(f"heads must be a list of modules or a function of k, got {describe(modules)}")
-    for k, module in enumerate(made, 1):
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"heads must be modules, got {describe(module)} for head {k}")
-    if len({id(module) for module in made}) < len(made):
-        raise ValueError("heads must be n different modules, got one object twice: those heads would share all weights")
-    return [m if isinstance(m, Head) else Head(m, RMSNorm(width, norm_eps)) for m in made]
-
-
 def _checked_whole(weight: Tensor) -> Tensor:
     """Raises TypeError for an unembedding that is not in this process as a whole."""
     if is_dtensor(weight):
@@ -292,27 +220,3 @@ def _checked_whole(weight: Tensor) -> Tensor:
             "'all_logits')"
         )
     return weight
-
-
-def _takes_two(module: nn.Module) -> bool:
-    """Whether a module's forward takes a second positional argument: one that it needs, or one named context."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
-    return len(positional) >= 2 and (positional[1].default is positional[1].empty or positional[1].name == "context")
-
-
-def _only_norm(head: Head) -> RMSNorm | None:
-    """The norm of a head that has nothing else; None also where a hook or another class asks for calls of its own.
-
-    Parametrized and sharded modules are of another class.
-    """
-    norm = head.norm
-    if type(head) is not Head or head.block is not None or type(norm) is not RMSNorm:
-        return None
-    return norm if not _is_watched(head) and not _is_watched(norm) else None
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether calls of a module run hooks, or a forward that was put in the place of its class's."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__ or module._compiled_call_impl is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 from mtp_ext.nn.config import MTPConfig
 from mtp_ext.nn.interop.convert import build_like
 from mtp_ext.nn.model import MTPModel
-from mtp_ext.nn.variants import VARIANTS, check_variant
+from mtp_ext.nn.variants import DEEPSEEK_MODULE, LINEAR, TRANSFORMER, VARIANTS, check_variant
 
 INITS = ("copy_last_layer", "random")
 State = dict[str, Tensor]
@@ -42,18 +42,12 @@ def add_heads(model: MTPModel, n_future: int, variant: str = "parallel", init: s
     config = model.config
     if config.n_future != 1:
         raise ValueError(f"model must have one head, got n_future={config.n_future}")
-    if config.traits.layer == "linear":
+    if config.traits.layer == LINEAR:
         raise ValueError("model must not have a linear head: add heads to the model of which it is a head")
     if isinstance(n_future, bool) or not isinstance(n_future, int) or n_future < 2:
         raise ValueError(f"n_future must be an int of at least 2, got {n_future!r}")
-    n_layers = config.n_layers + {"transformer": n_future - 1, "module": n_future - 1}.get(VARIANTS[variant].layer, 0)
-    target = dataclasses.replace(
-        config,
-        n_future=n_future,
-        variant=variant,
-        n_layers=n_layers,
-        replicate_unembedding=config.replicate_unembedding,
-    )
+    added = VARIANTS[variant].n_layers(n_future) - VARIANTS[variant].n_layers(1)
+    target = dataclasses.replace(config, n_future=n_future, variant=variant, n_layers=config.n_layers + added)
     fresh = MTPModel(target).state_dict()
     own = {name: value.detach().to("cpu") for name, value in model.state_dict().items()}
     state = _grown(own, config, target, fresh, copies=init == "copy_last_layer")
@@ -81,19 +75,19 @@ def _grown(own: State, config: MTPConfig, target: MTPConfig, fresh: State, *, co
 def _layers(own: State, config: MTPConfig) -> list[State]:
     """The transformer layers of a model with one head, in order."""
     prefixes = [f"trunk.layers.{i}." for i in range(config.n_trunk_layers)]
-    if config.traits.layer == "transformer":
+    if config.traits.layer == TRANSFORMER:
         prefixes.append("heads.0.block.")
     return [{n.removeprefix(p): value for n, value in own.items() if n.startswith(p)} for p in prefixes]
 
 
 def _head_like_the_first(k: int, target: MTPConfig, last: State) -> State:
     """The layer of head ``k + 1`` where it starts as head 1: the model's last layer, or what passes its input on."""
-    prefix, kind, width = f"heads.{k}.block.", target.traits.layer, target.d_model
-    if kind == "transformer":
+    prefix, layer, width = f"heads.{k}.block.", target.traits.layer, target.d_model
+    if layer == TRANSFORMER:
         return _named(prefix, last)
-    if kind == "linear":
+    if layer == LINEAR:
         return {f"{prefix}weight": torch.eye(width)}
-    if kind == "module" and k > 0:  # the module's layer, and of what it joins the state alone
+    if layer == DEEPSEEK_MODULE and k > 0:  # the module's layer, and of what it joins the state alone
         joint = torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1)
         return {f"{prefix}joint.weight": joint, **_named(f"{prefix}block.", last)}
     return {}

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mtp_ext.nn.composed import ComposedModel
-from mtp_ext.nn.heads.heads import Head
+from mtp_ext.nn.heads.head import Head
 from mtp_ext.nn.interop.add_heads import INITS
-from mtp_ext.nn.variants import VARIANTS
+from mtp_ext.nn.variants import TRANSFORMER, VARIANTS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 SUPPORTED = ("parallel", "linear", "causal", "anticausal", "shared")
@@ -163,7 +163,7 @@ def from_huggingface(
     if isinstance(n_future, bool) or not isinstance(n_future, int) or n_future < 1:
         raise ValueError(f"n_future must be an int of at least 1, got {n_future!r}")
     config, base = model.config, model.model
-    trunk = HuggingFaceTrunk(model, len(base.layers) - (VARIANTS[variant].layer == "transformer"))
+    trunk = HuggingFaceTrunk(model, len(base.layers) - (VARIANTS[variant].layer == TRANSFORMER))
     heads = [_make_head(model, k, variant, init) for k in range(1, n_future + 1)]
     softcap = getattr(config, "final_logit_softcapping", None)
     return ComposedModel(trunk, heads, model.lm_head, variant=variant, softcap=softcap)

@@ -32,25 +32,6 @@ class Batch(NamedTuple):
     labels: Tensor
     document_ids: Tensor
 
-    def with_seq_len(self, seq_len: int) -> Batch:
-        """The same tokens and targets as more rows of a shorter context.
-
-        Args:
-            seq_len: Length of the new rows, a divisor of ``S``.
-        Returns:
-            A batch of ``[B * S / seq_len, seq_len]`` tokens; row ``i`` becomes the rows from ``i * S / seq_len`` on.
-        Raises:
-            ValueError: ``seq_len`` does not divide ``S``.
-        """
-        length = self.tokens.shape[1]
-        if seq_len < 1 or length % seq_len:
-            raise ValueError(f"seq_len must be a divisor of {length}, got {seq_len}")
-        n_future = self.labels.shape[1] - length
-        labels, documents = (
-            rows.unfold(1, seq_len + n_future, seq_len).flatten(0, 1) for rows in (self.labels, self.document_ids)
-        )
-        return Batch(self.tokens.reshape(-1, seq_len), labels, documents - documents[:, :1])
-
 
 def n_rows(split: TokenSplit, seq_len: int) -> int:
     """Number of rows of ``seq_len`` tokens that a split fills; the last one may be short."""

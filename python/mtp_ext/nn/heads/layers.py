@@ -1,0 +1,18 @@
+"""The layers of heads that other modules of the package already are."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mtp_ext.nn.config import MTPConfig
+from mtp_ext.nn.transformer.layers import Block
+
+
+def transformer_layer(config: MTPConfig, layer: int, k: int) -> nn.Module:
+    """A layer as the trunk's."""
+    return Block(config, layer)
+
+
+def linear_layer(config: MTPConfig, layer: int, k: int) -> nn.Module:
+    """One matrix ``[D, D]``."""
+    return nn.Linear(config.d_model, config.d_model, bias=False)

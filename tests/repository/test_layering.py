@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,19 @@ PYTHON_RANKS = {
     "__init__": 6,  # the facade re-exports; nothing below may lean on it
     "cli": 7,
     "__main__": 8,
+}
+# The same inside a part, by folder or module; those that are not listed stand at the top of their part.
+INNER_RANKS = {
+    "ops": {"common": 0, "loss": 1},
+    "nn": {
+        **{"variants": 0, "config": 1, "schedules": 1, "transformer": 2, "heads": 3},
+        **{"multi_token_model": 4, "model": 5, "composed": 5, "interop": 6},
+    },
+    "train": {
+        **{"data": 0, "loss_weights": 0, "progress": 0, "metrics": 0, "device": 0, "muon": 0, "interrupt": 0},
+        **{"config": 1, "evaluate": 1, "config_file": 2, "optim": 2, "checkpoint": 3, "report": 3, "step": 3},
+        **{"trainer": 4, "loop": 5, "run": 6},
+    },
 }
 CPP_RANKS = {"core": 0, "cpu": 1, "kernels": 1, "ops": 2}
 TENSOR_HEADERS = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
@@ -52,6 +66,18 @@ def python_part(name: tuple[str, ...]) -> str:
     return name[1] if len(name) > 1 and name[1] in PYTHON_RANKS else "__init__"
 
 
+def inner_rank(name: tuple[str, ...]) -> float:
+    """The rank of a module inside its part."""
+    return INNER_RANKS[name[1]].get(name[2], math.inf) if len(name) > 2 else math.inf
+
+
+def inner_violation(module: tuple[str, ...], name: tuple[str, ...]) -> bool:
+    """Whether a module imports a sibling part that is not below it."""
+    if len(module) < 3 or len(name) < 3 or module[1] != name[1] or module[2] == name[2] or name[1] not in INNER_RANKS:
+        return False
+    return inner_rank(module) < math.inf and inner_rank(name) >= inner_rank(module)
+
+
 def python_violations(package: Path) -> list[str]:
     found = []
     for path in sorted(package.rglob("*.py")):
@@ -66,6 +92,8 @@ def python_violations(package: Path) -> list[str]:
             target = python_part(name)
             if target != part and PYTHON_RANKS[target] >= PYTHON_RANKS[part]:
                 found.append(f"{relative}: {part} imports {'.'.join(name)} of {target}")
+            elif inner_violation(module, name):
+                found.append(f"{relative}: imports {'.'.join(name)}, which is not below it")
     return found
 
 
@@ -120,10 +148,28 @@ def test_native_tests_know_no_tensors() -> None:
 def test_an_upward_import_is_found(tmp_path: Path, statement: str) -> None:
     (tmp_path / "nn").mkdir()
     (tmp_path / "nn" / "model.py").write_text(
-        f"import torch\nfrom mtp_ext.ops import result\nfrom . import layers\n{statement}\n"
+        f"import torch\nfrom mtp_ext.ops import result\nfrom . import config\n{statement}\n"
     )
     violations = python_violations(tmp_path)
     assert len(violations) == 1 and violations[0].startswith("nn/model.py: nn imports mtp_ext")
+
+
+@pytest.mark.parametrize(
+    ("file", "statement"),
+    [
+        ("ops/common/checks.py", "from mtp_ext.ops.loss.arguments import LossCall"),
+        ("ops/loss/options.py", "from mtp_ext.ops import linear_cross_entropy"),
+        ("ops/loss/options.py", "from ..linear_cross_entropy import linear_cross_entropy"),
+        ("nn/transformer/layers.py", "from mtp_ext.nn.heads.head import Head"),
+        ("nn/heads/head.py", "from mtp_ext.nn.model import MTPModel"),
+        ("train/report/display.py", "from mtp_ext.train.loop import Loop"),
+        ("train/data/shards.py", "def f():\n    from mtp_ext.train.config import TrainConfig"),
+    ],
+)
+def test_an_upward_import_inside_a_part_is_found(tmp_path: Path, file: str, statement: str) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(statement + "\n")
+    assert len(python_violations(tmp_path)) == 1
 
 
 def test_generation_knows_no_training(tmp_path: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from mtp_ext.train.checkpoint.directory import list_checkpoints
 from mtp_ext.train.evaluate import Evaluation
 from mtp_ext.train.interrupt import StopRequest
 from mtp_ext.train.metrics import memory_bytes
+from mtp_ext.train.progress import Ending
 from mtp_ext.train.report.display import Display
 from mtp_ext.train.report.record import MetricsWriter
 from mtp_ext.train.step import NotFiniteError, StepResult
@@ -19,21 +18,6 @@ from mtp_ext.train.trainer import Trainer
 
 class TrainingFailedError(RuntimeError):
     """The run cannot go on; the message says why, and from which checkpoint it can be continued."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How the loop ended.
-
-    Attributes:
-        received: The signal that stopped it; ``None`` at a limit.
-        tokens_per_second: Positions trained on per second of stepping, without validations and checkpoints.
-        memory_bytes: Peak memory of the process (on a GPU: of its allocator).
-    """
-
-    received: signal.Signals | None
-    tokens_per_second: float
-    memory_bytes: int
 
 
 class Loop:

@@ -4,6 +4,7 @@ continues the same curve."""
 from __future__ import annotations
 
 import math
+import signal
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -57,6 +58,21 @@ class Progress:
     def state_dict(self) -> dict[str, float]:
         """The fields, for the checkpoint."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the loop ended.
+
+    Attributes:
+        received: The signal that stopped it; ``None`` at a limit.
+        tokens_per_second: Positions trained on per second of stepping, without validations and checkpoints.
+        memory_bytes: Peak memory of the process (on a GPU: of its allocator).
+    """
+
+    received: signal.Signals | None
+    tokens_per_second: float
+    memory_bytes: int
 
 
 def learning_rate_factor(

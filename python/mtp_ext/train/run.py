@@ -18,7 +18,8 @@ from mtp_ext.train.config_file import write_config
 from mtp_ext.train.data import Dataset, prepare_data
 from mtp_ext.train.device import choose_compute
 from mtp_ext.train.evaluate import Evaluation
-from mtp_ext.train.loop import Ending, Loop
+from mtp_ext.train.loop import Loop
+from mtp_ext.train.progress import Ending
 from mtp_ext.train.report import summary
 from mtp_ext.train.report.display import Display
 from mtp_ext.train.report.plots import plot_run

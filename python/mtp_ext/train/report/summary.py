@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtp_ext.train.evaluate import Evaluation
-from mtp_ext.train.loop import Ending
-from mtp_ext.train.progress import Progress
+from mtp_ext.train.progress import Ending, Progress
 from mtp_ext.train.report.display import format_duration
 from mtp_ext.train.report.sample import HeldOut
 

@@ -23,10 +23,19 @@ struct RowTables {
   acc_t* lse;          // log-sum-exp of the logits
   int32_t* predicted;  // argmax; ties go to the lowest class
 
-  MTP_HD void write(int64_t row, acc_t row_loss, acc_t row_lse, int64_t argmax) const {
-    loss[row] = row_loss;
-    if (lse != nullptr) lse[row] = row_lse;
+  template <typename real_t>
+  MTP_HD void write(int64_t row, const BasicRowLoss<real_t>& result, int64_t argmax) const {
+    loss[row] = static_cast<acc_t>(result.loss);
+    if (lse != nullptr) lse[row] = static_cast<acc_t>(result.lse);
     if (predicted != nullptr) predicted[row] = static_cast<int32_t>(argmax);
+  }
+
+  // Calls f(table, value of a row without a target), in the order of `RowTables` in mtp_ext/ops/common/result.py.
+  template <typename F>
+  void for_each(F&& f) {
+    f(loss, acc_t{0});
+    f(lse, acc_t{0});
+    f(predicted, int32_t{-1});
   }
 };
 

@@ -33,7 +33,7 @@ RowStatistics row_statistics(double* x, const LossRowsParams<double>& p, int64_t
 void finish(double* x, const LossRowsParams<double>& p, int64_t row, int64_t target, const RowStatistics& stats) {
   const double lse_grad = p.lse_grad == nullptr ? 0.0 : p.lse_grad[row];
   const RowLoss result = finish_row(stats, p.options, p.row_weight(row, p.targets.locate(row)), lse_grad);
-  p.tables.write(row, result.loss, result.lse, static_cast<int64_t>(stats.argmax));
+  p.tables.write(row, result, static_cast<int64_t>(stats.argmax));
   if (p.gradient == Gradient::kSkip) return;
   for (int64_t v = 0; v < p.vocab_size; ++v) {
     double grad = v + p.vocab_start == target

@@ -198,8 +198,7 @@ void finish(float* x, const LossRowsParams<float>& p, int64_t row, TargetRule::L
             const float* shifts, double local_max) {
   const double lse_grad = p.lse_grad == nullptr ? 0.0 : static_cast<double>(p.lse_grad[row]);
   const RowLoss result = finish_row(stats, p.options, p.row_weight(row, at), lse_grad);
-  p.tables.write(row, static_cast<float>(result.loss), static_cast<float>(result.lse),
-                 static_cast<int64_t>(stats.argmax));
+  p.tables.write(row, result, static_cast<int64_t>(stats.argmax));
   if (p.gradient == Gradient::kSkip) return;
   const bool capped = p.options.softcap > 0.0;
   double known_shift = stats.max, correction = 1.0;

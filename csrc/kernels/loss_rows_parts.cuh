@@ -223,7 +223,7 @@ __device__ __forceinline__ RowGradient finish(const LossRowsParams<float>& p, in
     options.class_weight_sum = *p.class_weight_total;
   }
   const BasicRowLoss<float> result = finish_row(statistics, options, target.weight, target.lse_grad);
-  if (write_tables) p.tables.write(row, result.loss, result.lse, argmax);
+  if (write_tables) p.tables.write(row, result, argmax);
   float target_grad = result.target_grad * static_cast<float>(p.options.logit_scale);
   if (p.options.softcap > 0.0) {
     const float t = statistics.target_logit / static_cast<float>(p.options.softcap);

@@ -58,9 +58,13 @@ enum FusedLossFlag : int64_t {
   kWiden = 32,       // float32 logits for 16-bit operands
 };
 
-std::vector<Tensor> new_tables(int64_t heads, int64_t batch, int64_t seq_len, ScalarType acc) {
-  return {empty_cpu({heads, batch, seq_len}, acc), empty_cpu({heads, batch, seq_len}, acc),
-          empty_cpu({heads, batch, seq_len}, ScalarType::Int)};
+template <typename acc_t>
+std::vector<Tensor> new_tables(int64_t heads, int64_t batch, int64_t seq_len) {
+  std::vector<Tensor> tables;
+  RowTables<acc_t>{}.for_each([&](auto*&, auto nothing) {
+    tables.push_back(empty_cpu({heads, batch, seq_len}, kScalarType<decltype(nothing)>));
+  });
+  return tables;
 }
 
 // Prepends the sums to `results`; returns as FusedLoss::run().
@@ -74,8 +78,8 @@ int64_t run(const FusedLossArguments& arguments, bool measures, std::vector<Tens
   return -1;
 }
 
-// results: loss 0-d; with kNeedMeasures head_loss, n_valid, denominators [n] and the tables loss, lse, predicted
-// [n, B, S]; then the needed gradients of weight, bias and hidden (shaped as given). first_invalid: -1, or the flat
+// results: loss 0-d; with kNeedMeasures head_loss, n_valid, denominators [n] and the row tables [n, B, S];
+// then the needed gradients of weight, bias and hidden (shaped as given). first_invalid: -1, or the flat
 // index into labels of a target outside the vocabulary; nothing was computed then.
 std::tuple<std::vector<Tensor>, int64_t> fused_loss_cpu(const std::vector<Tensor>& hidden, const Tensor& weight,
                                                         const std::vector<OptionalTensor>& tensors,
@@ -118,7 +122,10 @@ std::tuple<std::vector<Tensor>, int64_t> fused_loss_cpu(const std::vector<Tensor
   a.compute_dtype = compute_dtype;
   a.logits_dtype = (flags & kWiden) != 0 ? ScalarType::Float : compute_dtype;
   a.accumulate = (flags & kAccumulate) != 0;
-  if (measures) a.tables = new_tables(heads, a.labels.size(0), a.seq_len, acc);
+  if (measures) {
+    a.tables = is_double ? new_tables<double>(heads, a.labels.size(0), a.seq_len)
+                         : new_tables<float>(heads, a.labels.size(0), a.seq_len);
+  }
   std::vector<Tensor> results = a.tables;
   if ((flags & kNeedWeight) != 0) {
     a.grad_weight = given(kGradWeight);

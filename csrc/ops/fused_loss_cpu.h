@@ -33,7 +33,7 @@ struct FusedLossArguments {
   std::vector<int64_t> detach_weight;  // 1-based heads
   ScalarType compute_dtype = ScalarType::Float, logits_dtype = ScalarType::Float;
   ChunkLimits limits;
-  std::vector<Tensor> tables;       // loss, lse, predicted [n * B * S], or empty
+  std::vector<Tensor> tables;       // of RowTables, [n * B * S] each, or empty
   std::vector<Tensor> grad_hidden;  // n of [B * S, D], or empty
   OptionalTensor grad_weight, grad_bias;
   bool accumulate = false;  // add to grad_weight instead of overwriting it
@@ -111,19 +111,16 @@ class FusedLoss {
     if (a_.head_weights.has_value()) check_vector(*a_.head_weights, heads, ScalarType::Double, "head_weights");
   }
 
-  // In the caller's tables, rows without a target hold 0, 0 and -1.
   void set_tables() {
     const int64_t all = rows_.heads() * rows_.per_head();
     if (a_.tables.empty()) {
       losses_ = empty_cpu({all}, kAcc);
-      row_pass_.tables = {losses_.mutable_data_ptr<acc_t>(), nullptr, nullptr};
+      row_pass_.tables.loss = losses_.mutable_data_ptr<acc_t>();
       return;
     }
     row_pass_.tables = row_tables<acc_t>(a_.tables, all);
     if (rows_.all_count()) return;
-    std::fill_n(row_pass_.tables.loss, all, acc_t{0});
-    std::fill_n(row_pass_.tables.lse, all, acc_t{0});
-    std::fill_n(row_pass_.tables.predicted, all, -1);
+    row_pass_.tables.for_each([&](auto* table, auto nothing) { std::fill_n(table, all, nothing); });
   }
 
   const float* class_weights() const { return optional_vector<float>(a_.class_weights, vocab_, "class_weights"); }

@@ -2,6 +2,7 @@
 #pragma once
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/loss_rows_params.h"
@@ -9,8 +10,10 @@
 
 namespace mtp {
 
-template <typename acc_t>
-constexpr ScalarType kScalarType = sizeof(acc_t) == 8 ? ScalarType::Double : ScalarType::Float;
+template <typename T>
+constexpr ScalarType kScalarType = std::is_same_v<T, double>    ? ScalarType::Double
+                                   : std::is_same_v<T, int32_t> ? ScalarType::Int
+                                                                : ScalarType::Float;
 
 inline RowOptions row_options(const std::vector<double>& packed) {
   STD_TORCH_CHECK(static_cast<int64_t>(packed.size()) == RowOptions::kPacked, "row_options must hold ",
@@ -21,12 +24,14 @@ inline RowOptions row_options(const std::vector<double>& packed) {
 // Tables in the order of `RowTables` of mtp_ext/ops/common/result.py.
 template <typename acc_t>
 RowTables<acc_t> row_tables(const std::vector<Tensor>& tables, int64_t num_rows) {
-  STD_TORCH_CHECK(tables.size() == 3, "tables must be loss, lse and predicted, got ", tables.size());
-  check_vector(tables[0], num_rows, kScalarType<acc_t>, "loss");
-  check_vector(tables[1], num_rows, kScalarType<acc_t>, "lse");
-  check_vector(tables[2], num_rows, ScalarType::Int, "predicted");
-  return {tables[0].mutable_data_ptr<acc_t>(), tables[1].mutable_data_ptr<acc_t>(),
-          tables[2].mutable_data_ptr<int32_t>()};
+  RowTables<acc_t> found{};
+  size_t i = 0;
+  found.for_each([&](auto*& table, auto nothing) {
+    STD_TORCH_CHECK(i < tables.size(), "tables must be those of RowTables, got ", tables.size());
+    check_vector(tables[i], num_rows, kScalarType<decltype(nothing)>, "tables");
+    table = tables[i++].mutable_data_ptr<decltype(nothing)>();
+  });
+  return found;
 }
 
 template <typename acc_t>

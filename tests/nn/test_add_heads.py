@@ -16,9 +16,19 @@ from torch import Tensor
 from mtp_ext.nn.interop.add_heads import add_heads
 from mtp_ext.nn.interop.convert import convert
 from mtp_ext.nn.interop.paper_checkpoints import load_released, save_released
+from mtp_ext.nn.variants import VARIANTS, HeadLayer, Variant
 from tests.nn.conftest import ALL_VARIANTS, VOCAB_SIZE
 
 Make = Callable[..., Any]
+
+
+def test_a_kind_of_head_that_cannot_start_as_another_is_refused(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = HeadLayer("torch.nn:Identity", matrices=2)
+    monkeypatch.setitem(VARIANTS, "new", Variant(layer, "independent"))
+    with pytest.raises(NotImplementedError, match=r"cannot make torch\.nn:Identity"):
+        add_heads(make_model(1), 3, "new")
 
 
 @pytest.mark.parametrize("init", ["copy_last_layer", "random"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from mtp_ext.nn.config import MTPConfig
 from mtp_ext.nn.interop.convert import build_like
 from mtp_ext.nn.model import MTPModel
-from mtp_ext.nn.variants import DEEPSEEK_MODULE, LINEAR, TRANSFORMER, VARIANTS, check_variant
+from mtp_ext.nn.variants import DEEPSEEK_MODULE, LINEAR, NO_LAYER, TRANSFORMER, VARIANTS, check_variant
 
 INITS = ("copy_last_layer", "random")
 State = dict[str, Tensor]
@@ -87,9 +87,11 @@ def _head_like_the_first(k: int, target: MTPConfig, last: State) -> State:
         return _named(prefix, last)
     if layer == LINEAR:
         return {f"{prefix}weight": torch.eye(width)}
-    if layer == DEEPSEEK_MODULE and k > 0:  # the module's layer, and of what it joins the state alone
+    if layer == DEEPSEEK_MODULE:  # head 1 has no module; the others start as their layer, of the state alone
         joint = torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1)
-        return {f"{prefix}joint.weight": joint, **_named(f"{prefix}block.", last)}
+        return {f"{prefix}joint.weight": joint, **_named(f"{prefix}block.", last)} if k else {}
+    if layer != NO_LAYER:
+        raise NotImplementedError(f"add_heads cannot make {layer.module} start as head 1 of another model")
     return {}
 
 

@@ -132,10 +132,9 @@ class OneRowLoss:
     def result(self) -> MultiTokenLoss:
         """Loss and metrics, once the output has been added."""
         call = self._call
-        tables = RowTables._make(
-            table.expand(call.n_heads, -1, -1).where(self._counts, nothing)
-            for table, nothing in zip(self._accumulator.row_tables(), (0, 0, -1), strict=True)
-        )
+        found = (table.expand(call.n_heads, -1, -1) for table in self._accumulator.row_tables())
+        none = RowTables.zeros(call.n_heads, *call.row_shape, dtype=call.acc_dtype, device=call.labels.device)
+        tables = RowTables._make(x.where(self._counts, y) for x, y in zip(found, none, strict=True))
         loss = (self._head_loss.double() * head_weights(call).double()).sum().to(call.acc_dtype)
         measured = head_metrics(tables, call.labels, self._n_valid, call.first_shift, self._active)
         return MultiTokenLoss(loss=loss, head_loss=self._head_loss, n_valid=self._n_valid, **measured)

@@ -64,7 +64,8 @@ def fused_loss(
     )
     checks.check_first_invalid(first_invalid, call.labels, weight.shape[-2], call.ignore_index)
     found = iter(results)
-    totals, tables = HeadSums._make(itertools.islice(found, 4)), RowTables._make(itertools.islice(found, 3))
+    totals = HeadSums._make(itertools.islice(found, len(HeadSums._fields)))
+    tables = RowTables._make(itertools.islice(found, len(RowTables._fields)))
     gradients = Gradients(
         weight=next(found) if needs.weight else None,
         bias=next(found) if needs.bias else None,

@@ -1,4 +1,4 @@
-"""``python -m mtp_ext`` is ``mtp``."""
+"""Runs ``mtp`` as ``python -m mtp_ext``."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""The fused losses. Only the wrapped functions are public: a raw op has no gradient."""
+"""Fused losses. Only the wrapped functions are public: the raw operators have no gradient."""
 
-import mtp_ext.ops.loss.flops  # noqa: F401  (registers the formulas)
+import mtp_ext.ops.loss.flops  # noqa: F401  (registers the FLOP formulas)
 from mtp_ext.ops.common.result import MultiTokenLoss
 from mtp_ext.ops.common.runtime import debug_checks
 from mtp_ext.ops.common.workspace import release_workspace

@@ -1,4 +1,4 @@
-"""How many targets of a batch count, for ``max_valid`` of the losses: counted on the CPU, before the batch is moved."""
+"""Counts the targets of a batch on the CPU, before it moves to the GPU: the losses' ``max_valid``."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def count_targets(
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
 ) -> list[int]:
-    """The number of targets of each head that count in :func:`mtp_ext.multi_token_cross_entropy`.
+    """Counts each head's targets as :func:`mtp_ext.multi_token_cross_entropy` does.
 
-    Give it the batch while that is on the CPU, and its result to the loss on a GPU as ``max_valid``: what is ignored,
-    padding or in another document then costs no GEMM work, and no host waits for the GPU. Where shapes must repeat (a
-    captured graph, a compiled model), round the numbers up.
+    Call it while the batch is still on the CPU and pass the result to the loss on a GPU as ``max_valid``: ignored
+    labels, padding and targets in other documents then cost no GEMM work, without a GPU sync. Round the numbers up
+    where shapes must repeat (CUDA graphs, compiled models).
 
     Args:
         labels: ``[B, S']`` int64 or int32, unshifted.
         n_heads: ``n``.
-        seq_len: ``S``, the positions of the hidden states; ``S' >= S``.
+        seq_len: ``S``, the sequence length of the hidden states; ``S' >= S``.
         document_ids: ``[B, S']`` integers.
         token_weights: ``[B, S']``.
-        ignore_index: Label of positions that do not count.
+        ignore_index: Label of positions that are not counted.
 
     Returns:
-        ``n`` numbers of at most ``B * S``.
+        ``n`` counts, each at most ``B * S``.
 
     Raises:
         TypeError, ValueError: An argument of wrong type, dtype, shape or device.

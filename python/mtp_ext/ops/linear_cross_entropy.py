@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's outputs, fused: one unembedding, a target for each row."""
+"""Fused linear layer and cross-entropy: one unembedding, one target per row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def linear_cross_entropy(
     max_valid: int | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``cross_entropy(hidden @ weight.T + bias, targets)``, with its gradients, without ever holding the logits.
+    """Computes ``cross_entropy(hidden @ weight.T + bias, targets)`` and its gradients without storing the logits.
 
     Args:
         hidden: ``[..., D]``, float32, bfloat16, float16 (float64 on the CPU).
@@ -45,29 +45,29 @@ def linear_cross_entropy(
         token_weights: ``[...]`` float32. ``"mean"`` divides by the sum of the weights (torch's rule for class weights);
             rows of weight 0 cost nothing.
         ignore_index: Target of rows without loss or gradient.
-        reduction: ``"mean"``, ``"sum"``, or ``"none"`` (which forms the logits again in backward: 8 N D V FLOP for 6).
+        reduction: ``"mean"``, ``"sum"``, or ``"none"`` (recomputes the logits in backward: 8 N D V FLOP instead of 6).
         label_smoothing: In [0, 1], as in torch.
         z_loss: Adds ``z_loss * lse**2`` per token (PaLM, arXiv 2204.02311, section 5).
         softcap: ``logits <- softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
-        logit_scale: Factor of the logits, before the cap.
+        logit_scale: Multiplies the logits, before the cap.
         return_lse: Also return the log-sum-exp of each row's logits, differentiable (recomputes like ``"none"``).
-        chunk_rows: Most rows whose logits are held at once; default by the cost model.
+        chunk_rows: Maximum number of rows whose logits are held at once; chosen by a cost model by default.
         workspace_bytes: The same limit, in bytes of logits.
-        grad_weight_out: Float32 buffer of ``weight``'s shape (float64 for float64 inputs) that backward adds the
-            weight's gradient to; ``weight`` then gets no gradient.
-        max_valid: The most targets that count (not ignored, of a weight that is not 0), where the host knows it, say
-            from a batch before it is moved: on a GPU, so many rows are multiplied instead of all, and no host waits to
-            count them. With more, ValueError on the CPU, and NaN in loss and gradients on a GPU.
-        group: Process group: ``weight``, ``bias`` and ``class_weights`` are this rank's shard of the vocabulary, in
-            rank order, of equal or unequal sizes; all else is the same on every rank, and so are the results.
+        grad_weight_out: Float32 buffer of ``weight``'s shape (float64 for float64 inputs) to which backward adds the
+            weight's gradient; ``weight`` then gets no gradient.
+        max_valid: Upper bound on the number of targets (not ignored, of non-zero weight), if the host knows one, for
+            example from the batch before it moves to the GPU. A GPU then processes only that many rows, without a
+            sync. If exceeded: ValueError on the CPU, NaN loss and gradients on a GPU.
+        group: Process group of a sharded vocabulary: ``weight``, ``bias`` and ``class_weights`` are this rank's shard,
+            in rank order, of equal or unequal sizes; all else is the same on every rank, and so are the results.
 
     Returns:
         The loss in nats: 0-d, or ``[...]`` for ``"none"``; float32, or float64 for float64 inputs; with
-        ``return_lse`` also lse ``[...]``, 0 at ignored rows. Differentiable once, in ``hidden``, ``weight``
-        and ``bias``. No valid target gives 0.
+        ``return_lse`` also lse ``[...]``, 0 at ignored rows. Differentiable once, with respect to ``hidden``,
+        ``weight`` and ``bias``. 0 without valid targets.
 
     Raises:
-        TypeError, ValueError: An argument of wrong type, dtype, shape, device or range; a target that is no class.
+        TypeError, ValueError: An argument of wrong type, dtype, shape, device or range; a target outside ``[0, V)``.
 
     Example:
         >>> hidden, weight = torch.zeros(5, 8, requires_grad=True), torch.zeros(100, 8, requires_grad=True)
@@ -126,7 +126,7 @@ def linear_cross_entropy(
 def _check_inputs(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, sharded: bool
 ) -> torch.dtype:
-    """Checks what has a shape, and returns the dtype of the GEMMs' operands."""
+    """Checks the tensors and returns the dtype of the GEMM operands."""
     checks.check_tensor("hidden", hidden, dtypes=checks.FLOAT_DTYPES, shape="[..., D]")
     if hidden.dim() == 0:
         raise ValueError(f"hidden must be [..., D], got {checks.describe(hidden)}")

@@ -1,4 +1,4 @@
-"""The loss of n future-token heads over one unembedding, fused."""
+"""Fused loss of n future-token heads over one unembedding."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def multi_token_cross_entropy(
     max_valid: int | Sequence[int] | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> MultiTokenLoss:
-    """Cross-entropy of ``n`` future-token heads, with its gradients, without ever holding the logits.
+    """Computes the cross-entropy of ``n`` future-token heads and its gradients without storing the logits.
 
     ``loss = sum_k head_weights[k] * head_loss[k]``, where ``head_loss[k]`` is the mean over positions ``s`` of
     ``-log softmax(weight @ hidden[k, b, s])[labels[b, s + k]]``, ``k = 1..n``.
@@ -47,43 +47,42 @@ def multi_token_cross_entropy(
     Args:
         hidden: ``[n, B, S, D]``, or a sequence of ``n`` tensors ``[B, S, D]``; float32, bfloat16, float16 (float64 on
             the CPU).
-        weight: ``[V, D]`` shared by the heads, or ``[n, V, D]``, one each.
+        weight: ``[V, D]`` shared by the heads, or ``[n, V, D]``, one per head.
         labels: ``[B, S']`` int64 or int32, ``S' >= S``, UNSHIFTED token ids: head ``k`` at position ``s`` predicts
-            ``labels[:, s + k]``. Targets past the end are ignored: give ``S' = S + n`` to lose none.
-        document_ids: ``[B, S']`` integers. A target counts only if it is in its position's document.
+            ``labels[:, s + k]``. Targets past the end are ignored: pass ``S' = S + n`` to lose none.
+        document_ids: ``[B, S']`` integers. A target counts only if it is in the same document as its position.
         head_weights: ``n`` floats or a tensor ``[n]``; default all 1, the paper's sum.
         token_weights: ``[B, S']`` float32, the weight of ``labels[b, j]`` as a target. Means divide by the sum of the
             weights (torch's rule for class weights); targets of weight 0 cost nothing.
-        normalizer: ``"per_head"``: each head's mean over its own valid targets. A number or 0-d tensor: each head's sum
-            is divided by it (a token count over all ranks, say).
+        normalizer: ``"per_head"``: each head's mean over its own valid targets. A number or 0-d tensor divides each
+            head's sum (for example a token count over all ranks).
         detach_weight: 1-based heads whose loss sends no gradient to ``weight``.
         bias: ``[V]``.
         class_weights: ``[V]`` float32, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: Label of positions without loss or gradient.
         reduction: ``"mean"`` (by ``normalizer``), ``"sum"``, or ``"none"``: ``loss`` is ``[n, B, S]``, each target's
-            loss times its head's and its token's weight, 0 where there is no target, and ``head_loss`` holds the heads'
-            sums. Its backward takes any incoming gradient and forms the logits again (8 N D V FLOP for 6).
+            loss times its head and token weights, 0 where there is no target, and ``head_loss`` holds the heads' sums.
+            Backward takes any incoming gradient and recomputes the logits (8 N D V FLOP instead of 6).
         label_smoothing: In [0, 1], as in torch.
         z_loss: Adds ``z_loss * lse**2`` per token (PaLM, arXiv 2204.02311, section 5).
         softcap: ``logits <- softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
-        logit_scale: Factor of the logits, before the cap.
-        chunk_rows: Most rows whose logits are held at once; default by the cost model.
+        logit_scale: Multiplies the logits, before the cap.
+        chunk_rows: Maximum number of rows whose logits are held at once; chosen by a cost model by default.
         workspace_bytes: The same limit, in bytes of logits.
-        grad_weight_out: Float32 buffer of ``weight``'s shape (float64 for float64 inputs) that backward adds the
-            weight's gradient to; ``weight`` then gets no gradient.
-        max_valid: The most targets that count, one number for every head or ``n``, where the host knows it (from a
-            batch before it is moved: :func:`mtp_ext.count_targets`): on a GPU, so many rows are multiplied instead of
-            all, and no host waits to count them. With more, ValueError on the CPU, and NaN in loss and gradients on a
-            GPU.
-        group: Process group: ``weight``, ``bias`` and ``class_weights`` are this rank's shard of the vocabulary, in
-            rank order, of equal or unequal sizes; all else is the same on every rank, and so are the results.
+        grad_weight_out: Float32 buffer of ``weight``'s shape (float64 for float64 inputs) to which backward adds the
+            weight's gradient; ``weight`` then gets no gradient.
+        max_valid: Upper bound on the number of targets, one for all heads or ``n`` of them, if the host knows it (from
+            the batch before it moves to the GPU: :func:`mtp_ext.count_targets`). A GPU then processes only that many
+            rows, without a sync. If exceeded: ValueError on the CPU, NaN loss and gradients on a GPU.
+        group: Process group of a sharded vocabulary: ``weight``, ``bias`` and ``class_weights`` are this rank's shard,
+            in rank order, of equal or unequal sizes; all else is the same on every rank, and so are the results.
 
     Returns:
-        :class:`MultiTokenLoss`; only ``loss`` is differentiable, once, in ``hidden``, ``weight``, ``bias`` and
-        ``head_weights``. float32, or float64 for float64 inputs. A head without valid targets contributes 0.
+        :class:`MultiTokenLoss`; only ``loss`` is differentiable, once, with respect to ``hidden``, ``weight``, ``bias``
+        and ``head_weights``. float32, or float64 for float64 inputs. A head without valid targets contributes 0.
 
     Raises:
-        TypeError, ValueError: An argument of wrong type, dtype, shape, device or range; a target that is no class.
+        TypeError, ValueError: An argument of wrong type, dtype, shape, device or range; a target outside ``[0, V)``.
 
     Example:
         >>> n, B, S, D, V = 2, 1, 4, 8, 100
@@ -133,7 +132,7 @@ def multi_token_cross_entropy(
 
 
 def _check_hidden(heads: tuple[Tensor, ...], stacked: bool, labels: Tensor) -> tuple[int, int]:
-    """``(n, S)`` of the hidden states."""
+    """Checks the hidden states and labels, and returns ``(n, S)``."""
     shape = "[n, B, S, D]" if stacked else "of n tensors [B, S, D]"
     if not heads:
         raise ValueError("hidden must hold at least one head, got an empty sequence")

@@ -1,4 +1,4 @@
-"""Plain torch, full logits, any dtype: what the fused loss must equal. In float64 it is the oracle of every test."""
+"""Reference losses in plain torch, with full logits, in any dtype. In float64 they are the oracle of every test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtp_ext.ops.loss.arguments import LossCall
 def logits_of(
     hidden: Tensor, weight: Tensor, *, bias: Tensor | None, softcap: float | None, logit_scale: float
 ) -> Tensor:
-    """``[..., V]`` logits after bias, scale and cap."""
+    """The logits ``[..., V]`` after bias, scale and cap."""
     logits = F.linear(hidden, weight, bias)
     if logit_scale != 1.0:
         logits = logits * logit_scale
@@ -67,7 +67,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The arguments and results of :func:`mtp_ext.linear_cross_entropy`."""
+    """Reference of :func:`mtp_ext.linear_cross_entropy`, with its arguments and results."""
     flat, kept = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
     if token_weights is not None:
         flat = torch.where(token_weights.reshape(-1) != 0, flat, ignore_index)
@@ -99,7 +99,7 @@ def target_weights(
     ignore_index: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What each target adds to the denominator of a mean."""
+    """The weight of each target in the denominator of a mean."""
     valid = targets != ignore_index
     weights = valid.to(dtype)
     if class_weights is not None:
@@ -110,7 +110,7 @@ def target_weights(
 
 
 def row_tables(logits: Tensor, valid: Tensor) -> RowTables:
-    """What metrics read of rows of logits ``[B, S, V]``, where ``valid [B, S]``; no losses."""
+    """The tables that metrics read, from logits ``[B, S, V]`` where ``valid [B, S]``; losses are 0."""
     lse = torch.logsumexp(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
     return RowTables(
         loss=torch.zeros_like(lse), lse=torch.where(valid, lse, 0), predicted=torch.where(valid, logits.argmax(-1), -1)
@@ -118,7 +118,7 @@ def row_tables(logits: Tensor, valid: Tensor) -> RowTables:
 
 
 def shifted_targets(labels: Tensor, k: int, seq_len: int, document_ids: Tensor | None, ignore_index: int) -> Tensor:
-    """``[B, S]``: what head ``k`` predicts at each position, ``ignore_index`` where it has no target."""
+    """The target of head ``k`` at each position, ``[B, S]``; ``ignore_index`` where it has none."""
     targets = torch.full_like(labels[:, :seq_len], ignore_index)
     width = min(seq_len, labels.shape[1] - k)
     if width > 0:
@@ -148,7 +148,7 @@ def multi_token_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> MultiTokenLoss:
-    """The arguments and results of :func:`mtp_ext.multi_token_cross_entropy`, head by head, by definition."""
+    """Reference of :func:`mtp_ext.multi_token_cross_entropy`, head by head, from the definition."""
     n_heads, seq_len = len(hidden), hidden[0].shape[1]
     per_head = reduction == "mean" and isinstance(normalizer, str)
     options: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
@@ -195,7 +195,7 @@ def multi_token_cross_entropy(
 
 
 def loss_of(call: LossCall, hidden: Sequence[Tensor], weight: Tensor) -> MultiTokenLoss:
-    """:func:`multi_token_cross_entropy` of a call's arguments."""
+    """Calls :func:`multi_token_cross_entropy` with a call's arguments."""
     row_options = {f.name: getattr(call.options, f.name) for f in dataclasses.fields(call.options)}
     return multi_token_cross_entropy(
         hidden,

@@ -1,4 +1,4 @@
-"""The best classes of a few hidden rows under the unembedding: what decoding needs of the logits."""
+"""Top-k classes of a few hidden rows under the unembedding, for decoding."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from mtp_ext.ops.common.backend import backend_of
 from mtp_ext.ops.common.runtime import is_dtensor
 
-# Of the decoding kernel (csrc/kernels/decode.h); other calls are a GEMM.
+# Limits of the decoding kernel (csrc/kernels/decode.h); larger calls use a GEMM.
 LARGEST_ROWS = 64
 LARGEST_TOP = 16
 
 
 class TopClasses(NamedTuple):
-    """The ``k`` largest logits of each row, largest first, of equals the lowest class; ``ids[:, 0]`` is the argmax.
+    """The ``k`` largest logits of each row in descending order; ties go to the lowest id. ``ids[:, 0]`` is the argmax.
 
     Logits are float32, or float64 for float64 inputs; the kernel never rounds them to 16 bits, a GEMM does.
     """
@@ -28,11 +28,11 @@ class TopClasses(NamedTuple):
 
 
 def top_classes(hidden: Tensor, weight: Tensor, k: int = 1) -> TopClasses:
-    """``topk(hidden @ weight.T)`` and its log-sum-exp; on a GPU, for up to 64 rows in 16 bits, without the logits.
+    """Computes ``topk(hidden @ weight.T)`` and the log-sum-exp; up to 64 16-bit rows on a GPU never store the logits.
 
     Args:
-        hidden: ``[R, D]``; the rows of ``n`` heads that share the unembedding are rows of one call.
-        weight: ``[V, D]``, of ``hidden``'s dtype.
+        hidden: ``[R, D]``; heads that share the unembedding can share one call.
+        weight: ``[V, D]`` in ``hidden``'s dtype.
         k: At most ``V``.
     Returns:
         :class:`TopClasses`; not differentiable.
@@ -45,7 +45,7 @@ def top_classes(hidden: Tensor, weight: Tensor, k: int = 1) -> TopClasses:
 
 
 def largest_logits(hidden: Tensor, weight: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Logits and classes of :func:`top_classes`, whose log-sum-exp takes 7 % more time where it is not the kernel's."""
+    """:func:`top_classes` without the log-sum-exp, which takes 7 % more time outside the kernel."""
     _check_count(k, weight)
     if uses_kernel(hidden, weight, k):
         return _by_kernel(hidden, weight, k)[:2]
@@ -58,7 +58,7 @@ def _check_count(k: int, weight: Tensor) -> None:
 
 
 def uses_kernel(hidden: Tensor, weight: Tensor, k: int) -> bool:
-    """Whether the one-pass kernel takes the call."""
+    """Returns True if the one-pass kernel supports the call."""
     return (
         backend_of(hidden.device).has_kernels
         and hidden.dtype == weight.dtype
@@ -83,13 +83,13 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest of each row and their columns, of equals the lowest column first: ``[R, V] -> 2 x [R, k]``."""
+    """The ``k`` largest of each row and their columns; ties go to the lowest column: ``[R, V] -> 2 x [R, k]``."""
     if k == 1:
-        best = scores.max(-1, keepdim=True)  # documented: of equals the first
+        best = scores.max(-1, keepdim=True)  # documented to return the first of equal maxima
         return _widened(best.values), best.indices
     if backend_of(scores.device).sees_values:
         values, classes = scores.topk(min(k + 1, scores.shape[1]))
-        if not (values[:, 1:] == values[:, :-1]).any():  # topk leaves the order of equals open
+        if not (values[:, 1:] == values[:, :-1]).any():  # topk does not specify the order of ties
             return _widened(values[:, :k]), classes[:, :k]
     order = scores.sort(dim=-1, descending=True, stable=True)
     return _widened(order.values[:, :k]), order.indices[:, :k]

@@ -1,1 +1,1 @@
-"""What every operation stands on: argument checks, results, memory, and what torch's runtime asks for."""
+"""Shared by all operations: device backends, argument checks, results, memory and runtime state."""

@@ -1,4 +1,4 @@
-"""Argument checks: every wrong argument is named, with what was expected and what came, before any work."""
+"""Argument checks, run before any work. Messages name the argument, what it must be and what was passed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def describe(x: object) -> str:
-    """What a tensor is, in an error: ``float32 [2, 3] on cpu``."""
+    """Describes a value for an error message: ``float32 [2, 3] on cpu``."""
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
     return f"{type(x).__name__} {x!r}" if isinstance(x, (int, float, str)) else type(x).__name__
@@ -52,7 +52,7 @@ def check_shape(name: str, x: Tensor, expected: Sequence[int], meaning: str) -> 
 def check_vector(
     name: str, x: Tensor | None, size: int, meaning: str, dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
-    """An optional ``[size]`` tensor."""
+    """Checks an optional ``[size]`` tensor."""
     if x is None:
         return
     check_tensor(name, x, dtypes=dtypes, shape=f"[{meaning}]", device=device)
@@ -60,7 +60,7 @@ def check_vector(
 
 
 def check_like_labels(labels: Tensor, document_ids: Tensor | None, token_weights: Tensor | None) -> None:
-    """What holds a value for each label."""
+    """Checks the optional tensors that have one entry per label."""
     optional = (("document_ids", document_ids, INDEX_DTYPES), ("token_weights", token_weights, FLOAT_DTYPES))
     for name, x, dtypes in optional:
         if x is not None:
@@ -75,7 +75,7 @@ def check_int(name: str, x: object, or_none: str = "") -> None:
 
 
 def check_positive_int(name: str, x: int | None) -> None:
-    """An optional count of at least 1."""
+    """Checks an optional int of at least 1."""
     if x is None:
         return
     check_int(name, x, " or None")
@@ -84,7 +84,7 @@ def check_positive_int(name: str, x: int | None) -> None:
 
 
 def check_reduction(reduction: object) -> None:
-    """Raises ValueError for an unknown name."""
+    """Raises ValueError for an unknown reduction."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
@@ -104,20 +104,20 @@ def check_number(name: str, x: object, or_none: str = "") -> None:
 
 
 def check_same_dtype(hidden_dtype: torch.dtype, name: str, x: Tensor, autocast: bool) -> None:
-    """Operands share a dtype unless autocast chooses one for them."""
+    """Raises TypeError if ``x`` differs from hidden's dtype outside autocast."""
     if not autocast and x.dtype != hidden_dtype:
         expected = str(hidden_dtype).removeprefix("torch.")
         raise TypeError(f"{name} must have hidden's dtype {expected} outside autocast, got {describe(x)}")
 
 
 def check_targets_in_range(labels: Tensor, first_invalid: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raises ValueError for a label that is no class: on the CPU, where looking costs nothing, or in debug mode."""
+    """Raises ValueError for a label that is not a class; on a GPU only with debug checks, because it syncs."""
     if backend_of(labels.device).sees_values or debug_checks_enabled():
         check_first_invalid(int(first_invalid.item()), labels, vocab_size, ignore_index)
 
 
 def check_first_invalid(at: int, labels: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raises ValueError unless ``at``, the flat index into ``labels`` of a label that is no class, is negative."""
+    """Raises ValueError if ``at``, the flat index into ``labels`` of the first invalid label, is not -1."""
     if at >= 0:
         b, j = divmod(at, labels.shape[1])
         raise ValueError(
@@ -127,7 +127,7 @@ def check_first_invalid(at: int, labels: Tensor, vocab_size: int, ignore_index: 
 
 
 def check_max_valid(n_valid: Tensor, max_valid: Sequence[int] | None) -> None:
-    """Raises ValueError where a head has more targets than it was said to: on the CPU, or in debug mode."""
+    """Raises ValueError if a head has more than ``max_valid`` targets; on a GPU only with debug checks."""
     if max_valid is None or not (backend_of(n_valid.device).sees_values or debug_checks_enabled()):
         return
     for k, (count, limit) in enumerate(zip(n_valid.tolist(), max_valid, strict=True), 1):
@@ -138,7 +138,7 @@ def check_max_valid(n_valid: Tensor, max_valid: Sequence[int] | None) -> None:
 
 
 def check_grad_weight_out(buffer: Tensor | None, weight: Tensor) -> None:
-    """``grad_weight_out`` is added to in place: float32, whole, and no part of an autograd graph."""
+    """Checks ``grad_weight_out``: float32 (float64 for float64), contiguous, and outside any autograd graph."""
     if buffer is None:
         return
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -153,7 +153,7 @@ def check_grad_weight_out(buffer: Tensor | None, weight: Tensor) -> None:
 def checked_head_weights(
     head_weights: Tensor | Sequence[float] | None, n_heads: int, device: torch.device
 ) -> Tensor | None:
-    """``head_weights`` as a tensor ``[n]`` (itself, if it is one, so that it may take a gradient)."""
+    """Returns ``head_weights`` as a tensor ``[n]``; a tensor is returned as is, so that it can get a gradient."""
     if head_weights is None:
         return None
     if isinstance(head_weights, Tensor):
@@ -166,7 +166,7 @@ def checked_head_weights(
 
 
 def checked_normalizer(normalizer: object) -> str | float | Tensor:
-    """``"per_head"``, a positive number, or a 0-d tensor."""
+    """Returns ``"per_head"``, a positive float, or a 0-d tensor."""
     if isinstance(normalizer, str):
         if normalizer != "per_head":
             raise ValueError(f"normalizer must be 'per_head', a number or a 0-d tensor, got {normalizer!r}")
@@ -183,7 +183,7 @@ def checked_normalizer(normalizer: object) -> str | float | Tensor:
 
 
 def checked_max_valid(max_valid: int | Sequence[int] | None, n_heads: int) -> list[int] | None:
-    """One bound for each head, from ``n`` of them or one for all."""
+    """Returns one bound per head, from ``n`` bounds or one for all."""
     if max_valid is None:
         return None
     limits = list(max_valid) if isinstance(max_valid, Sequence) else [max_valid] * n_heads
@@ -197,7 +197,7 @@ def checked_max_valid(max_valid: int | Sequence[int] | None, n_heads: int) -> li
 
 
 def checked_heads(name: str, heads: Collection[int], n_heads: int) -> frozenset[int]:
-    """A set of 1-based heads."""
+    """Returns the 1-based heads as a set."""
     for k in heads:
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n_heads:
             raise ValueError(f"{name} must hold heads in 1..{n_heads}, got {k!r}")

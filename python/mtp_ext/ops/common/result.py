@@ -1,4 +1,4 @@
-"""What the losses return, and how it follows from what each row of logits left behind."""
+"""The result of a loss, and its metrics from per-row tables."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 class MultiTokenLoss(NamedTuple):
-    """The loss of ``n`` heads and what the same pass over the logits measured. Only ``loss`` is differentiable.
+    """The loss of ``n`` heads and metrics from the same pass over the logits. Only ``loss`` is differentiable.
 
     Attributes:
         loss: 0-d, ``sum_k head_weights[k] * head_loss[k]``, in nats.
         head_loss: ``[n]``, each head's loss over its valid targets divided by the normalizer; 0 without targets.
-        n_valid: ``[n]`` int64, the number of targets that count (present, not ignored, in their position's document,
-            of non-zero weight).
+        n_valid: ``[n]`` int64, the number of valid targets (present, not ignored, in their position's document, of
+            non-zero weight).
         top1: ``[n]`` float32, the fraction of valid targets that the head ranks first.
         accept_length: 0-d float32, the mean number of tokens that one self-speculative step would emit with these
             logits: 1 + the longest prefix of heads ``2..n`` whose argmax equals head 1's argmax at the position that
-            it would verify. Over positions at which every head has a valid target and a verifying position; 1.0 where
+            verifies it. Averaged over positions where every head has a valid target and a verifying position; 1.0 if
             there is none.
     """
 
@@ -35,9 +35,9 @@ METRICS = tuple(name for name in MultiTokenLoss._fields if name not in ("loss", 
 
 
 class RowTables(NamedTuple):
-    """What each row leaves behind, ``[n, B, S]``; the order is that of csrc's ``RowTables``.
+    """Per-row results, ``[n, B, S]``, in the order of csrc's ``RowTables``.
 
-    Rows that do not count keep 0, 0 and -1.
+    Rows without a target hold 0, 0 and -1.
     """
 
     loss: Tensor  # float32, or float64 for float64 logits
@@ -46,7 +46,7 @@ class RowTables(NamedTuple):
 
     @staticmethod
     def zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> RowTables:
-        """The tables of rows that do not count."""
+        """Returns the tables of rows without a target."""
         return RowTables(
             loss=torch.zeros(shape, dtype=dtype, device=device),
             lse=torch.zeros(shape, dtype=dtype, device=device),
@@ -57,15 +57,15 @@ class RowTables(NamedTuple):
 def head_metrics(
     tables: RowTables, labels: Tensor, n_valid: Tensor, first_shift: int, heads: Collection[int] | None = None
 ) -> dict[str, Tensor]:
-    """The fields of :class:`MultiTokenLoss` that no loss needs, by name.
+    """Computes the metrics of :class:`MultiTokenLoss`, by field name.
 
     Args:
         tables: ``[n, B, S]``.
         labels: ``[B, S']``, unshifted.
         n_valid: ``[n]``.
         first_shift: Shift of head 1.
-        heads: Those that ran, ``1..n``; default all. One that did not would leave the accept length no position, so it
-            is taken over the leading ones.
+        heads: The heads that ran, ``1..n``; default all. The accept length covers the leading ones: no position
+            would be left with a head that did not run.
     """
     predicted = tables.predicted
     leading = next((k for k in range(len(predicted)) if heads is not None and k + 1 not in heads), len(predicted))
@@ -76,8 +76,10 @@ def head_metrics(
 
 
 def empty_metrics(like: Tensor, n_heads: int | None) -> dict[str, Tensor]:
-    """Memory in the shapes of :func:`head_metrics`, on ``like``'s device; None: of no elements, for a caller that
-    reads no metric."""
+    """Returns uninitialised metrics on ``like``'s device, in the shapes of :func:`head_metrics`.
+
+    With ``n_heads`` None they have no elements, for callers that read no metric.
+    """
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(METRICS, (0,))
     if n_heads is not None:
         shapes = {"top1": (n_heads,), "accept_length": ()}
@@ -111,14 +113,14 @@ def top1(predicted: Tensor, labels: Tensor, n_valid: Tensor, first_shift: int) -
 def acceptance_length(predicted: Tensor) -> Tensor:
     """Mean tokens per self-speculative step: 1 + the accepted prefix of drafts (Gloeckle et al. 2024, section 3.2).
 
-    Head ``k`` at position ``s`` drafts token ``s + k``; head 1 at ``s + k - 1`` verifies it. The contexts are the
-    labels' own, so this is the acceptance of a model whose earlier drafts were right.
+    Head ``k`` at position ``s`` drafts token ``s + k``; head 1 at ``s + k - 1`` verifies it. The context is the ground
+    truth, so this is the acceptance of a model whose earlier drafts were right.
 
     Args:
         predicted: ``[n, B, S]`` integers, each head's argmax, -1 where the head has no target.
     Returns:
-        0-d float32: the mean over the positions at which all heads, and head 1 at all verifying positions, predicted
-        something; 1.0 where there is no such position.
+        0-d float32: the mean over the positions where every head, and head 1 at every verifying position, has a
+        prediction; 1.0 if there is none.
     """
     n, _, seq_len = predicted.shape
     n_positions = seq_len - n + 1

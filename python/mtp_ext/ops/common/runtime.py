@@ -1,4 +1,4 @@
-"""What torch's runtime asks of an operation: autocast, DTensors, debug checks."""
+"""Runtime state of an operation: autocast, DTensors, debug checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _debug_checks = False
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The autocast dtype of ``x``'s device, or None where autocast is off or leaves ``x`` (float64) alone."""
+    """Returns the autocast dtype for ``x``'s device, or None if autocast is off or ``x`` is float64."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
@@ -19,22 +19,22 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def is_dtensor(x: object) -> bool:
-    """Whether ``x`` is a :class:`torch.distributed.tensor.DTensor`.
+    """Returns True if ``x`` is a :class:`torch.distributed.tensor.DTensor`.
 
-    Does not import them: that takes 0.6 s, and torch may be built without. Whoever has one has imported the module.
+    Does not import the module, which takes 0.6 s and may be missing from torch: it is loaded if a DTensor exists.
     """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
 def debug_checks(enabled: bool) -> bool:
-    """Switches checks that synchronise with a GPU on or off, for this process.
+    """Enables or disables checks that synchronise with the GPU, for this process.
 
-    On a GPU a target that is no class makes the loss NaN, because looking would stall the stream. With debug checks the
-    loss looks, and raises ``ValueError`` with the target and its index. On the CPU it always does.
+    On a GPU an out-of-range target makes the loss NaN, because checking would stall the stream. With debug checks the
+    loss raises ``ValueError`` with the target and its index, as it always does on the CPU.
 
     Args:
-        enabled: Whether to check from now on.
+        enabled: The new setting.
     Returns:
         The previous setting.
 
@@ -49,5 +49,5 @@ def debug_checks(enabled: bool) -> bool:
 
 
 def debug_checks_enabled() -> bool:
-    """The current setting."""
+    """Returns the current setting."""
     return _debug_checks

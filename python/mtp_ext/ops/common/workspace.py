@@ -1,4 +1,4 @@
-"""Memory for what the losses write."""
+"""Memory for the outputs of the losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtp_ext import _C
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``torch.empty``, on huge pages where it is large and the host has them (see ``csrc/cpu/huge_pages.h``)."""
+    """``torch.empty``; large CPU tensors use huge pages if available (see ``csrc/cpu/huge_pages.h``)."""
     x = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and x.nbytes >= _C.HUGE_PAGE_BYTES:
         _C.advise_huge_pages(x.data_ptr(), x.nbytes)
@@ -19,9 +19,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def release_workspace() -> None:
-    """Frees the memory that the loss keeps between calls on the CPU: one chunk of logits, at most 256 MiB.
+    """Frees the memory that the CPU loss keeps between calls: one chunk of logits, at most 256 MiB.
 
-    The next call takes it anew. (On a GPU it is torch's caching allocator that keeps it: ``torch.cuda.empty_cache()``.)
+    The next call allocates it again. (On a GPU torch's caching allocator keeps it: ``torch.cuda.empty_cache()``.)
 
     Example:
         >>> release_workspace()

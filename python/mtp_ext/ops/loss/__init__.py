@@ -1,1 +1,1 @@
-"""The fused loss below its public functions: options, autograd, operators, the accumulator and its row-chunk loop."""
+"""Implementation of the fused loss: options, autograd, operators, the accumulator and its row-chunk loop."""

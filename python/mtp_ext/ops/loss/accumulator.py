@@ -1,9 +1,8 @@
-"""The loss of one step over n heads, fed one head at a time (the paper's sequential order) or several at once.
+"""Accumulates the loss of one step over n heads, one head at a time (the paper's sequential order) or several at once.
 
-This is what the training schedules stand on, and the public functions where they do not take the shortest way. It works
-below autograd: it takes values, and returns gradients. On the CPU the heads run in the native call
-(:mod:`mtp_ext.ops.loss.native_cpu`); on a GPU, and over the shards of a vocabulary, in the row-chunk loop
-(:mod:`mtp_ext.ops.loss.row_loop`).
+Used by the training schedules, and by the public functions outside their fast path. It works below autograd: values go
+in, gradients come out. On the CPU the heads run in the native call (:mod:`mtp_ext.ops.loss.native_cpu`); on a GPU, and
+with a sharded vocabulary, in the row-chunk loop (:mod:`mtp_ext.ops.loss.row_loop`).
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from mtp_ext.ops.loss.row_loop import RowLoop
 
 
 def runs_natively(call: LossCall, weight: Tensor) -> bool:
-    """Whether the heads run in the native call."""
+    """Returns True if the heads run in the native call."""
     return backend_of(weight.device).native_loss and call.group is None
 
 
 class HeadLossAccumulator:
-    """Loss, metrics and gradients of ``n`` heads over one unembedding, without ever holding the logits.
+    """Computes loss, metrics and gradients of ``n`` heads over one unembedding without storing the logits.
 
-    Heads are given by :meth:`add`, each once, in any order, or by :meth:`add_all`. Autograd records nothing here.
+    Heads are added with :meth:`add`, each once, in any order, or with :meth:`add_all`. Autograd records nothing here.
 
     Args:
-        call: The call.
+        call: The arguments of the loss.
         weight: ``[V, D]`` shared, or ``[n, V, D]`` replicated.
-        needs: Which gradients to form.
-        heads: Those that will be added, ``1..n``; default all. The accept length is that of the leading ones.
+        needs: Which gradients to compute.
+        heads: The heads that will be added, ``1..n``; default all. The accept length covers the leading ones.
     Raises:
         ValueError: On the CPU, a target outside ``[0, V)`` that is not ``ignore_index``, or more than ``max_valid``.
     """
@@ -49,16 +48,16 @@ class HeadLossAccumulator:
             weight=empty(weight.shape, call.acc_dtype, weight.device) if needs.weight else None,
             bias=torch.zeros(weight.shape[-2], dtype=call.acc_dtype, device=weight.device) if needs.bias else None,
         )
-        self._unwritten = set(range(call.n_heads))  # of a replicated weight's gradient
+        self._unwritten = set(range(call.n_heads))  # heads of a replicated weight without a gradient yet
 
     def add(self, hidden: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
-        """Adds heads; those that are given together share chunks.
+        """Adds heads; heads added together share chunks.
 
         Args:
             hidden: By head, ``1..n``: ``[B, S, D]``.
         Returns:
-            By head, the gradient of ``sum_k head_weights[k] * head_loss[k]`` in ``hidden``, ``[B, S, D]``; None where
-            it is not needed.
+            By head, the gradient of ``sum_k head_weights[k] * head_loss[k]`` with respect to ``hidden``,
+            ``[B, S, D]``; None if not needed.
         """
         grads: dict[int, Tensor | None] = dict.fromkeys(hidden)
         for heads in _alike(hidden):
@@ -67,20 +66,20 @@ class HeadLossAccumulator:
         return grads
 
     def add_all(self, hidden: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Adds all heads: ``n`` tensors ``[B, S, D]``, or one ``[n, B, S, D]``; returns the gradients in that form."""
+        """Adds all heads, as ``n`` tensors ``[B, S, D]`` or one ``[n, B, S, D]``; returns the gradients likewise."""
         return self._run(range(self.call.n_heads), hidden)
 
     def row_tables(self) -> RowTables:
-        """What the rows of the heads added so far left behind, ``[n, B, S]``; losses times their token weights."""
+        """Returns the tables of the heads added so far, ``[n, B, S]``; losses include their token weights."""
         return self._heads.row_tables()
 
     @property
     def denominators(self) -> Tensor:
-        """``[n]``, what each head's sum is divided by."""
+        """The denominator of each head's mean, ``[n]``."""
         return self._heads.denominators
 
     def result(self) -> MultiTokenLoss:
-        """The loss and the metrics of the heads added so far (a head not added counts as 0)."""
+        """Returns loss and metrics of the heads added so far (a head not added counts as 0)."""
         call, n_valid, tables = self.call, self._heads.n_valid, self.row_tables()
         head_loss = tables.loss.sum((1, 2), dtype=torch.float64) / divisors(self.denominators)
         loss = (head_loss * head_weights(call).double()).sum()
@@ -93,7 +92,7 @@ class HeadLossAccumulator:
 
     @property
     def grad_weight(self) -> Tensor | None:
-        """``weight``'s gradient from the heads added so far, its shape, float32 (float64 for float64 inputs)."""
+        """The gradient of ``weight`` from the heads added so far, in its shape; float32 (float64 for float64 inputs)."""
         grad = self._sums.weight
         if grad is not None and grad.dim() == 3:
             for k in self._unwritten:
@@ -104,7 +103,7 @@ class HeadLossAccumulator:
 
     @property
     def grad_bias(self) -> Tensor | None:
-        """The bias's, ``[V]``, likewise."""
+        """The gradient of the bias, ``[V]``, likewise."""
         return self._sums.bias
 
     def _run(self, heads: range, hidden: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -118,7 +117,7 @@ class HeadLossAccumulator:
 
 
 def _alike(hidden: Mapping[int, Tensor]) -> list[range]:
-    """Runs of heads, 0-based, that follow one another and are of one dtype (under autocast they may differ)."""
+    """Ranges of consecutive 0-based heads with one dtype (under autocast dtypes may differ)."""
     found = list[range]()
     for k in sorted(hidden):
         last = found[-1] if found else range(0)

@@ -1,4 +1,4 @@
-"""One call of a loss: its arguments as one object, from the public functions and the models down to the kernels."""
+"""The arguments of a loss as one object, from the public functions and the models down to the kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtp_ext.ops.loss.options import RowOptions
 
 
 class Needs(NamedTuple):
-    """Which gradients a call has to form."""
+    """Which gradients a call must compute."""
 
     hidden: bool
     weight: bool
@@ -22,7 +22,7 @@ class Needs(NamedTuple):
 
     @staticmethod
     def of(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> Needs:
-        """Those that autograd will ask for; that of the weight also where it goes into a buffer."""
+        """Returns the gradients that autograd will ask for; with ``grad_weight_out``, always the weight's."""
         if not torch.is_grad_enabled():
             return Needs(False, False, False)
         return Needs(
@@ -33,7 +33,7 @@ class Needs(NamedTuple):
 
 
 class PackedCall(NamedTuple):
-    """A :class:`LossCall` as an operator's arguments; the names are those of the schemas in ``operators.py``."""
+    """A :class:`LossCall` as operator arguments, named as in the schemas in ``operators.py``."""
 
     tensors: list[Tensor | None]
     options: list[float]
@@ -45,33 +45,33 @@ class PackedCall(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of a loss; None, or an empty sequence, for those that were not needed."""
+    """The gradients of a loss; None, or an empty sequence, if not needed."""
 
-    weight: Tensor | None  # its shape, float32 (float64 for float64 operands)
+    weight: Tensor | None  # weight's shape, float32 (float64 for float64 operands)
     bias: Tensor | None  # [V], likewise
     hidden: Sequence[Tensor | None]  # in the form of hidden, in saved_grad_dtype
 
 
 @dataclass
 class WeightSums:
-    """Where the gradients of weight and bias are summed over the heads of a step; None where they are not needed."""
+    """Buffers for the sums of the weight and bias gradients over the heads of a step; None if not needed."""
 
-    weight: Tensor | None  # [V, D]; of replicated unembeddings [n, V, D]; uninitialised before the first head
+    weight: Tensor | None  # [V, D], or [n, V, D] if replicated; uninitialised before the first head
     bias: Tensor | None  # [V]
-    accumulate: bool = False  # weight is one for all heads, and holds the gradient of those before
+    accumulate: bool = False  # weight is shared and already holds the gradient of earlier heads
 
 
 def saved_grad_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype that a gradient of ``hidden`` is kept in from forward to backward.
+    """Returns the dtype in which the gradient of ``hidden`` is kept from forward to backward.
 
-    The loss scale that keeps float16 gradients from underflowing arrives with the backward: until then, float32.
+    float32 for float16: the loss scale that prevents underflow is only known in backward.
     """
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 @dataclass(frozen=True)
 class LossCall:
-    """The arguments of a loss but for hidden states and weight; :func:`mtp_ext.multi_token_cross_entropy` has them all.
+    """All arguments of :func:`mtp_ext.multi_token_cross_entropy` except hidden states and weight, and internal ones.
 
     Row ``(k, b, s)`` of the flat rows ``[n * B * S]`` predicts ``labels[b, s + first_shift + k]``, ``k = 0..n-1``.
     """
@@ -79,8 +79,8 @@ class LossCall:
     labels: Tensor  # [B, S']
     seq_len: int  # S
     n_heads: int  # n
-    first_shift: int  # of head 1: 1 for the next token, 0 for targets that lie at their positions
-    compute_dtype: torch.dtype  # what hidden states and weight are rounded to before they are multiplied
+    first_shift: int  # shift of head 1: 1 for the next token, 0 for targets at their own positions
+    compute_dtype: torch.dtype  # the dtype of the GEMM operands
     options: RowOptions = field(default_factory=RowOptions)
     bias: Tensor | None = None  # [V]
     head_weights: Tensor | None = None  # [n]
@@ -93,14 +93,14 @@ class LossCall:
     max_valid: list[int] | None = None  # [n]
     chunk_rows: int | None = None
     workspace_bytes: int | None = None
-    grad_weight_out: Tensor | None = None  # of weight's shape
+    grad_weight_out: Tensor | None = None  # weight's shape
     group: torch.distributed.ProcessGroup | None = None
     with_metrics: bool = True
-    row_scale: Tensor | None = None  # [n * B * S], an incoming gradient of each row's loss
-    lse_grad: Tensor | None = None  # [n * B * S], of each row's log-sum-exp
+    row_scale: Tensor | None = None  # [n * B * S], incoming gradient of each row's loss
+    lse_grad: Tensor | None = None  # [n * B * S], incoming gradient of each row's log-sum-exp
 
     def check(self, weight: Tensor) -> None:
-        """Raises TypeError or ValueError for the first wrong argument among those that every loss has."""
+        """Raises TypeError or ValueError for the first wrong argument that all losses share."""
         device, vocab_size = weight.device, weight.shape[-2]
         checks.check_vector("bias", self.bias, vocab_size, "V", checks.FLOAT_DTYPES, device)
         self.options.check(vocab_size, device)
@@ -123,18 +123,18 @@ class LossCall:
 
     @property
     def acc_dtype(self) -> torch.dtype:
-        """That of results, sums and the weight's gradient: float32, or float64 for float64 operands."""
+        """The dtype of results, sums and the weight's gradient: float32, or float64 for float64 operands."""
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
     @property
     def divisor(self) -> float | Tensor | None:
-        """What each head's sum is divided by; None: the sum of its targets' weights."""
+        """The divisor of each head's sum; None for the sum of its targets' weights."""
         if self.reduction != "mean":
             return 1.0
         return None if isinstance(self.normalizer, str) else self.normalizer
 
     def of_heads(self, heads: range) -> LossCall:
-        """The part of heads ``k`` in ``heads``, 0-based and consecutive; ``max_valid`` is left out."""
+        """Returns the call for ``heads``, 0-based and consecutive, without ``max_valid``."""
         if len(heads) == self.n_heads:
             return self
         first, last = heads.start, heads.stop
@@ -151,9 +151,9 @@ class LossCall:
         )
 
     def pack(self) -> PackedCall:
-        """The call as an operator's arguments; :meth:`unpack` is the inverse, as far as an operator needs it."""
+        """Returns the call as operator arguments; :meth:`unpack` is the inverse."""
         divisor = self.divisor
-        number = divisor if isinstance(divisor, (int, float)) else 0.0  # never 0 itself
+        number = divisor if isinstance(divisor, (int, float)) else 0.0  # 0 means none: a divisor is never 0
         return PackedCall(
             tensors=[
                 self.labels,
@@ -184,7 +184,7 @@ class LossCall:
 
     @staticmethod
     def unpack(packed: PackedCall) -> LossCall:
-        """The call that :meth:`pack` took apart, without ``reduction`` and ``grad_weight_out``."""
+        """Rebuilds a call from :meth:`pack`, without ``reduction`` and ``grad_weight_out``."""
         labels, document_ids, token_weights, class_weights, bias, head_weights, divisor, *row_gradients = packed.tensors
         *options, number = packed.options
         seq_len, n_heads, first_shift, ignore_index, chunk_rows, workspace_bytes, with_metrics = packed.sizes

@@ -1,4 +1,4 @@
-"""The losses as autograd sees them: with gradients taken in the forward, or with rows that are formed again."""
+"""Autograd functions of the losses: gradients precomputed in forward, or logits recomputed in backward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs
 
 
 def reduced_loss(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> MultiTokenLoss:
-    """The loss summed or averaged in the pass that forms its gradients."""
+    """Computes the summed or averaged loss and its gradients in one pass."""
     needs = Needs.of(call, weight, hidden)
     with torch.no_grad():
         if _is_traced(weight, *hidden):
@@ -31,7 +31,7 @@ def reduced_loss(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> Mu
 def with_gradients(
     result: MultiTokenLoss, gradients: Gradients, call: LossCall, weight: Tensor, hidden: Sequence[Tensor]
 ) -> MultiTokenLoss:
-    """``result``, its loss differentiable in ``weight``, ``hidden``, and the bias and head weights of ``call``."""
+    """Attaches the gradients to ``result.loss``: of ``weight``, ``hidden``, and the bias and head weights of ``call``."""
     if not torch.is_grad_enabled():
         return result
     loss = PrecomputedGradients.apply(  # type: ignore[no-untyped-call]
@@ -52,15 +52,15 @@ def with_gradients(
 
 
 class PrecomputedGradients(torch.autograd.Function):
-    """A loss whose gradients were taken in the forward; the backward hands them out, times the incoming one.
+    """A loss with gradients computed in forward; backward returns them, scaled by the incoming gradient.
 
-    Each input gets its whole gradient once, from its own autograd node: hooks, DDP, FSDP2, clipping and loss scaling
-    see nothing unusual. Saved gradients are never scaled in place: a backward may run again.
+    Each input gets its whole gradient once, through its own autograd node, so hooks, DDP, FSDP2, clipping and loss
+    scaling work as usual. Saved gradients are never scaled in place, because backward may run again.
 
     Args:
-        loss: The loss alone, in a tuple, which keeps it from being an input.
-        gradients: Its gradient in each of ``inputs``, or None.
-        buffer: What the first input's gradient is added to, which then gets none.
+        loss: The loss in a tuple, so that autograd does not treat it as an input.
+        gradients: The gradient of each of ``inputs``, or None.
+        buffer: Receives the first input's gradient by addition; that input then gets none.
         inputs: The tensors, or None, that the gradients belong to.
     """
 
@@ -78,7 +78,7 @@ class PrecomputedGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Without create_graph autograd has switched gradients off, and all that the guard does is cost 10 us.
+        # Without create_graph autograd has disabled gradients, and the guard would only cost 10 us.
         return (_guarded_hand_out if torch.is_grad_enabled() else _hand_out)(ctx, grad)
 
 
@@ -94,10 +94,10 @@ _guarded_hand_out = once_differentiable(_hand_out)
 
 
 def row_losses(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> tuple[MultiTokenLoss, Tensor]:
-    """The loss by way of its rows: for reduction "none", and where the log-sum-exp is wanted.
+    """Computes the loss from per-row losses, for reduction "none" and for ``return_lse``.
 
     Returns:
-        The result, its ``loss`` reduced as the call says (``[n, B, S]`` for "none"), and lse ``[n, B, S]``.
+        The result, with ``loss`` reduced as in ``call`` (``[n, B, S]`` for "none"), and lse ``[n, B, S]``.
     """
     needs = Needs.of(call, weight, hidden)
     losses, lse, denominators, *values = RowLosses.apply(call, needs, weight, call.bias, *hidden)  # type: ignore[no-untyped-call]
@@ -110,7 +110,7 @@ def row_losses(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> tupl
 
 
 class RowLosses(torch.autograd.Function):
-    """Loss and log-sum-exp of every row; the backward forms the logits again, for any incoming gradients (8 N D V)."""
+    """Loss and log-sum-exp of every row; backward recomputes the logits for any incoming gradients (8 N D V FLOP)."""
 
     @staticmethod
     def forward(
@@ -157,5 +157,5 @@ class RowLosses(torch.autograd.Function):
 
 
 def _is_traced(*tensors: Tensor) -> bool:
-    """Whether something traces or fakes the tensors: then operators of torch's library are called."""
+    """Returns True if the tensors are traced or fake, which requires the registered operators."""
     return torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)

@@ -1,4 +1,4 @@
-"""The three GEMMs of a chunk, in the precision that the device is fast in."""
+"""The three GEMMs of a chunk, in the device's fast precision."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from torch import Tensor
 
 from mtp_ext.ops.common.backend import backend_of
 
-# Rows of the weight that are widened at once where the CPU has no fast 16-bit GEMM.
+# Rows of the weight that are widened at once on CPUs without a fast 16-bit GEMM.
 WIDEN_TILE_ROWS = 4096
 
 
 class ChunkGemms:
     """The products ``Z = H W^T``, ``dH = dZ W`` and ``dW += dZ^T H`` of one chunk.
 
-    Logits have ``logits_dtype``: that of the operands where their GEMM is fast (bfloat16 on a GPU or a CPU with native
+    Logits have ``logits_dtype``: the operand dtype if its GEMM is fast (bfloat16 on a GPU or a CPU with native
     support), else float32, with the 16-bit weight widened tile by tile. ``dW`` is always float32 (float64 for float64).
 
     Args:
         weight: ``[V, D]``.
-        compute_dtype: What the operands are rounded to (the autocast dtype, or the inputs' own).
-        full_precision_logits: Never hold logits in 16 bits.
-        gradient_scale: A factor in the gradient of the logits that the products with it take out.
+        compute_dtype: The dtype of the operands (the autocast dtype, or the inputs' own).
+        full_precision_logits: Never store logits in 16 bits.
+        gradient_scale: Scale of the logits' gradient, divided out of the products with it.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ChunkGemms:
         if full_precision_logits and self.logits_dtype.itemsize == 2:
             self.logits_dtype = torch.float32
         self.widens = self.logits_dtype != compute_dtype
-        # Of the gradient of hidden states: what is scaled back must not pass through float16.
+        # The gradient of the hidden states is unscaled in float32: it must not pass through float16.
         self.product_dtype = torch.float32 if self.logits_dtype == torch.float16 else self.logits_dtype
         self.gradient_unscale = 1.0 / gradient_scale
         self.weight = weight if self.widens else weight.to(compute_dtype)
@@ -50,7 +50,7 @@ class ChunkGemms:
         return self.weight[tile].to(self.compute_dtype).to(torch.float32)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """``out[c, v] = sum_d hidden[c, d] weight[v, d]``."""
+        """Computes ``out[c, v] = sum_d hidden[c, d] weight[v, d]``."""
         if not self.widens:
             return torch.mm(hidden, self.weight.t(), out=out)
         for tile in self._tiles:
@@ -58,7 +58,7 @@ class ChunkGemms:
         return out
 
     def grad_hidden(self, grad_logits: Tensor, out: Tensor) -> Tensor:
-        """``out[c, d] = sum_v grad_logits[c, v] weight[v, d]``."""
+        """Computes ``out[c, d] = sum_v grad_logits[c, v] weight[v, d]``."""
         if not self.widens:
             return self._backend.matmul_(out, grad_logits, self.weight, alpha=self.gradient_unscale)
         if not self._tiles:  # an empty shard of the vocabulary
@@ -68,10 +68,10 @@ class ChunkGemms:
         return out
 
     def add_grad_weight(self, grad_logits: Tensor, hidden: Tensor, grad_weight: Tensor, *, accumulate: bool) -> None:
-        """``grad_weight[v, d] (+)= sum_c grad_logits[c, v] hidden[c, d]``, in float32; written if not accumulated."""
-        beta = 1.0 if accumulate else 0.0  # beta 0 also ignores what uninitialised memory holds
+        """Adds ``sum_c grad_logits[c, v] hidden[c, d]`` to ``grad_weight[v, d]``, or overwrites it, in float32."""
+        beta = 1.0 if accumulate else 0.0  # beta 0 does not read uninitialised memory
         self._backend.matmul_(grad_weight, grad_logits.t(), hidden, beta=beta, alpha=self.gradient_unscale)
 
     def add_grad_bias(self, grad_logits: Tensor, grad_bias: Tensor) -> None:
-        """``grad_bias[v] += sum_c grad_logits[c, v]``."""
+        """Computes ``grad_bias[v] += sum_c grad_logits[c, v]``."""
         self._backend.add_column_sum_(grad_bias, grad_logits, self.gradient_unscale)

@@ -1,4 +1,4 @@
-"""How many rows of logits are held at once."""
+"""The number of logit rows held at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def chunk_size(
     workspace_bytes: int | None,
     gpu_width: int | None = None,
 ) -> int:
-    """Rows of one chunk: what the caller asked for, else the rule of ``csrc/core/chunk_size.h``; balanced over chunks.
+    """Returns the rows per chunk: the caller's limit, else the rule of ``csrc/core/chunk_size.h``; chunks are balanced.
 
     Args:
-        n_rows: Rows in all.
+        n_rows: Total number of rows.
         vocab_size: ``V``, the length of a row.
-        itemsize: Bytes of one logit.
-        chunk_rows: An upper limit in rows; takes precedence.
-        workspace_bytes: An upper limit for the chunk's logits in bytes (at least one row is held).
-        gpu_width: ``D``, where the rows are multiplied on a GPU.
+        itemsize: Bytes per logit.
+        chunk_rows: Upper limit in rows; takes precedence.
+        workspace_bytes: Upper limit for the chunk's logits in bytes (at least one row is held).
+        gpu_width: ``D`` on a GPU, else None.
     """
     return _C.chunk_size(n_rows, vocab_size, itemsize, gpu_width or 0, chunk_rows or 0, workspace_bytes or 0)

@@ -1,7 +1,7 @@
-"""The floating-point operations of the operators, for :class:`torch.utils.flop_counter.FlopCounterMode`.
+"""FLOP formulas of the operators, for :class:`torch.utils.flop_counter.FlopCounterMode`.
 
-A row costs ``2 D V`` for each of its products: one with the unembedding, one for each of the two gradients. Rows
-without a target cost none; where values are not seen (fake tensors), every row counts.
+A row costs ``2 D V`` per product: one with the unembedding and one for each of the two gradients. Rows without a target
+cost nothing; with fake tensors, whose values are unknown, every row counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What weighs the rows of each head: denominators, token and class weights, a guard against too many targets."""
+"""Weights of each head's rows: denominators, token and class weights, and the ``max_valid`` guard."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ LARGEST_FLOAT16_SCALE = 4096.0
 class HeadTerms:
     """The weights of a call's rows; sums and scales have the call's ``acc_dtype``."""
 
-    denominators: Tensor  # [n], what each head's sum is divided by
-    row_weights: Tensor | None  # [n * B * S], token weights, 0 at rows that do not count; None: all 1
+    denominators: Tensor  # [n], the divisor of each head's sum
+    row_weights: Tensor | None  # [n * B * S], token weights, 0 at rows without a target; None: all 1
     excess: Tensor | None  # [n], NaN for a head with more targets than max_valid, else 0
-    scales: RowScales  # of the rows' gradients
-    gradient_scale: float  # a factor in them that the products with the gradient take out again
+    scales: RowScales  # scales of the rows' gradients
+    gradient_scale: float  # a factor in scales, divided out of the products with the gradient
 
     @staticmethod
     def of(
         call: LossCall, selection: RowSelection, n_valid: Tensor, vocab_size: int, shard: VocabularyShard | None
     ) -> HeadTerms:
-        """The terms of a prepared call.
+        """Computes the terms of a prepared call.
 
         Args:
             n_valid: ``[n]``, the number of targets of each head.
-            vocab_size: Classes in all.
+            vocab_size: Total number of classes.
         """
         row_weights = _row_weights(call, selection)
         denominators = _denominators(call, selection, n_valid, row_weights, shard)
@@ -46,14 +46,14 @@ class HeadTerms:
         return HeadTerms(denominators, row_weights, excess, scales, factor)
 
     def weighted(self, losses: Tensor) -> Tensor:
-        """``[n * B * S]``: each flat row's loss times its token weight; 0 at rows that do not count."""
+        """Multiplies the flat rows' losses ``[n * B * S]`` by their token weights; 0 at rows without a target."""
         if self.excess is not None:
             losses = (losses.view(len(self.excess), -1) + self.excess[:, None]).flatten()
         return losses if self.row_weights is None else losses * self.row_weights
 
 
 def head_weights(call: LossCall) -> Tensor:
-    """``[n]``, 1 where the call has none."""
+    """Returns the head weights ``[n]``, 1 by default."""
     device = call.labels.device
     if call.head_weights is None:
         return torch.ones(call.n_heads, dtype=call.acc_dtype, device=device)
@@ -61,12 +61,12 @@ def head_weights(call: LossCall) -> Tensor:
 
 
 def divisors(denominators: Tensor) -> Tensor:
-    """What sums are divided by. A zero denominator means zero total weight, so the sum is 0 as well; divide by 1."""
+    """Replaces zero denominators by 1: zero total weight means that the sum is 0 as well."""
     return denominators.where(denominators != 0, 1)
 
 
 def float16_scale(rows_per_head: int) -> float:
-    """A power of two that lifts the gradient of a mean over up to ``rows_per_head`` rows out of float16's underflow.
+    """Returns a power of two that keeps the gradient of a mean over ``rows_per_head`` rows from underflowing float16.
 
     It is divided out of the float32 products with that gradient.
     """
@@ -77,14 +77,14 @@ def float16_scale(rows_per_head: int) -> float:
 
 
 def _gradient_scale(call: LossCall, shard: VocabularyShard | None) -> float:
-    # Incoming gradients per row bring their own scale; a shard's logits are float32.
+    # Incoming row gradients have their own scale; a shard's logits are float32.
     is_mean = call.divisor is None and call.row_scale is None and call.lse_grad is None and shard is None
     in_float16 = backend_of(call.labels.device).logits_dtype(call.compute_dtype) == torch.float16
     return float16_scale(call.rows_per_head) if is_mean and in_float16 else 1.0
 
 
 def _row_scales(call: LossCall, heads: Tensor, vocab_size: int, shard: VocabularyShard | None) -> RowScales:
-    """The heads' scales with the sum of the class weights over the whole vocabulary."""
+    """Adds the sum of the class weights over the whole vocabulary to the heads' scales."""
     weights = call.options.class_weights
     if weights is None:
         return RowScales(heads, class_weight_sum=float(vocab_size))
@@ -107,7 +107,7 @@ def _row_weights(call: LossCall, selection: RowSelection) -> Tensor | None:
 
 
 def _at_targets(table: Tensor, call: LossCall, selection: RowSelection) -> Tensor:
-    """``table [B, S']`` at the target of each selected row; anything where a marked row has none."""
+    """Gathers ``table [B, S']`` at the target of each selected row; arbitrary for rows without one."""
     rows = selection.flat
     head = rows.div(selection.rows_per_head, rounding_mode="floor")
     in_head = rows - head * selection.rows_per_head
@@ -117,13 +117,13 @@ def _at_targets(table: Tensor, call: LossCall, selection: RowSelection) -> Tenso
 
 
 def _class_weights_of(weights: Tensor, targets: Tensor, shard: VocabularyShard | None) -> Tensor:
-    """``class_weights[targets]``, wherever the class is held."""
+    """Returns ``class_weights[targets]``, from whichever shard holds the class."""
     if shard is None:
-        # On a GPU a target may be no class: its loss is NaN, whatever weight it is given.
+        # On a GPU targets are not validated: an invalid one has NaN loss, whatever its weight.
         return weights[targets.clamp(0, weights.shape[0] - 1)]
     local = targets - shard.start
     held = (local >= 0) & (local < shard.size)
-    padded = torch.cat([weights, weights.new_zeros(1)])  # a last entry for other shards'
+    padded = torch.cat([weights, weights.new_zeros(1)])  # the last entry stands for classes of other shards
     return shard.sum_(padded[local.where(held, shard.size)])
 
 

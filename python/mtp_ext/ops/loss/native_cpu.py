@@ -1,4 +1,4 @@
-"""The loss of any number of heads on the CPU as one native call (``csrc/ops/fused_loss_cpu.cpp``)."""
+"""The CPU loss of any number of heads in one native call (``csrc/ops/fused_loss_cpu.cpp``)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mtp_ext.ops.common.result import RowTables
 from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs, WeightSums, saved_grad_dtype
 from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 
-# FusedLossFlag of csrc/ops/fused_loss_cpu.cpp.
+# FusedLossFlag in csrc/ops/fused_loss_cpu.cpp.
 FLAG_MEASURES, FLAG_HIDDEN, FLAG_WEIGHT, FLAG_BIAS, FLAG_ACCUMULATE, FLAG_WIDEN = (1 << i for i in range(6))
 
 
 class HeadSums(NamedTuple):
-    """What the heads of a call add up to; float32, or float64 for float64 operands."""
+    """Sums over the rows of each head; float32, or float64 for float64 operands."""
 
     loss: Tensor  # 0-d
     head_loss: Tensor  # [n]
     n_valid: Tensor  # [n] int64
-    denominators: Tensor  # [n], what each head's sum was divided by
+    denominators: Tensor  # [n], the divisor of each head's sum
 
 
 def fused_loss(
@@ -35,16 +35,16 @@ def fused_loss(
     needs: Needs,
     sums: WeightSums | None = None,
 ) -> tuple[HeadSums, RowTables, Gradients]:
-    """Loss, tables and gradients of all heads of ``call``.
+    """Computes loss, tables and gradients of all heads of ``call``.
 
     Args:
         call: Prepared.
         weight: ``[V, D]``, or ``[n, V, D]``.
         hidden: Each head's ``[..., D]`` of ``B * S`` rows, or one tensor with the ``n * B * S`` rows of all.
-        needs: Which gradients to form.
-        sums: Where the gradients of weight and bias are summed; default new memory.
+        needs: Which gradients to compute.
+        sums: Buffers for the sums of the weight and bias gradients; default new memory.
     Raises:
-        ValueError: A target outside ``[0, V)`` that is not ``ignore_index``; nothing was written then.
+        ValueError: A target outside ``[0, V)`` that is not ``ignore_index``; nothing has been written.
     """
     packed = call.pack()
     widens = backend_of(weight.device).logits_dtype(call.compute_dtype) != call.compute_dtype
@@ -100,16 +100,14 @@ def _(
 
 
 def check_max_valid(call: LossCall, weight: Tensor) -> None:
-    """Raises ValueError where a head of a prepared call has more targets than ``max_valid`` says."""
+    """Raises ValueError if a head of a prepared call has more than ``max_valid`` targets."""
     if call.max_valid is not None:
         checks.check_max_valid(select_rows(call, weight.shape[-2]).counts, call.max_valid)
 
 
 class NativeHeads:
-    """The heads of a step, a range of them at a time; the interface of :class:`mtp_ext.ops.loss.row_loop.RowLoop`.
-
-    Args, Raises: As of :class:`mtp_ext.ops.loss.row_loop.RowLoop`.
-    """
+    """The loss of the rows of ``n`` heads in native calls, with the interface of
+    :class:`mtp_ext.ops.loss.row_loop.RowLoop`."""
 
     def __init__(self, call: LossCall, weight: Tensor, needs: Needs) -> None:
         self.call, self.weight, self.needs = prepared(call), weight.detach(), needs
@@ -121,7 +119,7 @@ class NativeHeads:
         self._tables = RowTables.zeros(call.n_heads, *call.row_shape, dtype=call.acc_dtype, device=weight.device)
 
     def row_tables(self) -> RowTables:
-        """What the rows of the heads so far left behind, ``[n, B, S]``; losses times their token weights."""
+        """Returns the tables of the heads run so far, ``[n, B, S]``; losses include their token weights."""
         return self._tables
 
     def run(self, heads: range, hidden: Sequence[Tensor], sums: WeightSums) -> Sequence[Tensor | None]:

@@ -1,8 +1,8 @@
-"""The fused loss as operators of torch's library: what ``torch.compile`` sees as one node, and fake tensors can trace.
+"""The fused loss as torch custom operators: one node for ``torch.compile``, traceable with fake tensors.
 
-Each operator takes a packed :class:`LossCall` and values, and returns gradients as values; ``autograd.py`` gives them
-to autograd. An output that was not asked for is empty. Eager calls skip the dispatcher, which costs 60 us for an
-operator that is written in Python: they call the function of the same name here.
+Each operator takes a packed :class:`LossCall` and values, and returns gradients as values; ``autograd.py`` passes them
+to autograd. Outputs that were not asked for are empty. Eager calls use the function of the same name directly: the
+dispatcher costs 60 us for an operator written in Python.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CALL = (
 def _accumulated(
     call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs
 ) -> tuple[HeadLossAccumulator, Gradients]:
-    """All heads through the accumulator."""
+    """Runs all heads through the accumulator."""
     backend_of(weight.device).check_built()
     with torch.autocast(weight.device.type, enabled=False):
         accumulator = HeadLossAccumulator(call, weight, needs)
@@ -41,7 +41,7 @@ def _accumulated(
 def _natively(
     call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs
 ) -> tuple[native_cpu.HeadSums, RowTables, Gradients]:
-    """All heads in one native call."""
+    """Runs all heads in one native call."""
     call = prepared(call)
     native_cpu.check_max_valid(call, weight)
     return native_cpu.fused_loss(call, weight, hidden, needs)
@@ -57,7 +57,7 @@ def _result(call: LossCall, sums: native_cpu.HeadSums, tables: RowTables) -> Mul
 def multi_token_loss(
     call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs
 ) -> tuple[MultiTokenLoss, Gradients]:
-    """Loss, metrics and gradients in one pass: 6 N D V FLOP, 2 without gradients."""
+    """Computes loss, metrics and gradients in one pass: 6 N D V FLOP, or 2 N D V without gradients."""
     if runs_natively(call, weight):
         sums, tables, grads = _natively(call, weight, hidden, needs)
         return _result(call, sums, tables), grads
@@ -68,10 +68,10 @@ def multi_token_loss(
 def row_losses(
     call: LossCall, weight: Tensor, hidden: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, MultiTokenLoss]:
-    """Loss (with its token weight) and log-sum-exp of every row, ``[n, B, S]``, without gradients: 2 N D V FLOP.
+    """Computes the (token-weighted) loss and log-sum-exp of every row, without gradients: 2 N D V FLOP.
 
     Returns:
-        The two, each head's denominator ``[n]``, and the reduced result.
+        Losses and log-sum-exp ``[n, B, S]``, each head's denominator ``[n]``, and the reduced result.
     """
     none = Needs(False, False, False)
     if runs_natively(call, weight):
@@ -83,25 +83,25 @@ def row_losses(
 
 
 def row_losses_backward(call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs) -> Gradients:
-    """The gradients for the incoming ones of ``call``; forms the logits again: 6 N D V FLOP."""
+    """Computes the gradients from the incoming ones in ``call``; recomputes the logits: 6 N D V FLOP."""
     if runs_natively(call, weight):
         return _natively(call, weight, hidden, needs)[2]
     return _accumulated(call, weight, hidden, needs)[1]
 
 
 def _or_empty(grads: Gradients, like: Tensor) -> list[Tensor]:
-    """Gradients as an operator's output, which has no None; :func:`unpacked_gradients` is the inverse."""
+    """Packs gradients as an operator output, which cannot hold None; :func:`unpacked_gradients` is the inverse."""
     return [like.new_empty(0) if x is None else x for x in (grads.weight, grads.bias, *grads.hidden)]
 
 
 def unpacked_gradients(outputs: list[Tensor], needs: Needs) -> Gradients:
-    """The gradients among an operator's outputs."""
+    """Unpacks the gradients from an operator's outputs."""
     weight, bias, *hidden = outputs
     return Gradients(weight if needs.weight else None, bias if needs.bias else None, hidden)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[LossCall, Needs]:
-    """The call and the needs at the end of an operator's arguments."""
+    """Unpacks the call and the needs from an operator's arguments."""
     *packed, needs = arguments
     return LossCall.unpack(PackedCall._make(packed)), Needs(*needs)
 
@@ -163,7 +163,7 @@ def _(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> list[Tensor
     "mtp_ext::_add_scaled_", mutates_args=("buffer",), schema="(Tensor(a!) buffer, Tensor grad, Tensor by) -> ()"
 )
 def _add_scaled_(buffer: Tensor, grad: Tensor, by: Tensor) -> None:
-    """``buffer += grad * by``, ``by`` 0-d."""
+    """Computes ``buffer += grad * by`` with a 0-d ``by``."""
     buffer.addcmul_(grad, by.to(grad.dtype))
 
 

@@ -1,4 +1,4 @@
-"""How a row of logits becomes a loss: the options that every loss of the package shares."""
+"""The options that all losses share: how a row of logits becomes a loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RowOptions:
         label_smoothing: In [0, 1], as in :func:`torch.nn.functional.cross_entropy`.
         z_loss: Adds ``z_loss * lse**2`` per token (PaLM, arXiv 2204.02311, section 5).
         softcap: ``logits <- softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
-        logit_scale: Factor of the logits, before the cap.
+        logit_scale: Multiplies the logits, before the cap.
         class_weights: ``[V]`` float32, as in :func:`torch.nn.functional.cross_entropy`.
     """
 
@@ -30,11 +30,11 @@ class RowOptions:
     class_weights: Tensor | None = None
 
     def check(self, vocab_size: int, device: torch.device) -> None:
-        """Raises TypeError or ValueError for the first option that is wrong.
+        """Raises TypeError or ValueError for the first wrong option.
 
         Args:
             vocab_size: ``V``, of this process.
-            device: That of the logits.
+            device: The device of the logits.
         """
         for name in ("label_smoothing", "z_loss", "logit_scale"):
             checks.check_number(name, getattr(self, name))
@@ -51,12 +51,12 @@ class RowOptions:
         checks.check_vector("class_weights", self.class_weights, vocab_size, "V", checks.FLOAT_DTYPES, device)
 
     def pack(self) -> list[float]:
-        """The scalars, in the order of ``RowOptions::of`` in ``csrc/core/row_loss.h``."""
+        """Returns the scalars in the order of ``RowOptions::of`` in ``csrc/core/row_loss.h``."""
         return [self.label_smoothing, self.z_loss, self.softcap or 0.0, self.logit_scale]
 
     @staticmethod
     def unpack(packed: list[float], class_weights: Tensor | None) -> RowOptions:
-        """The inverse of :meth:`pack`."""
+        """Inverts :meth:`pack`."""
         label_smoothing, z_loss, softcap, logit_scale = packed
         return RowOptions(
             label_smoothing=label_smoothing,

@@ -1,8 +1,8 @@
-"""The shortest way to the native loss, for a call of one head without options.
+"""Fast path to the native loss for one head without options.
 
-The general way builds a :class:`LossCall` first, in Python that is cold in the cache after a step's GEMMs: 0.15 ms a
-call (one thread), a tenth of forward and backward at N = D = V = 256. Both ways end in the same native code and in
-the same autograd Function.
+The general path builds a :class:`LossCall` in Python, whose code is cold in the cache after a step's GEMMs: 0.15 ms per
+call (one thread), a tenth of forward and backward at N = D = V = 256. Both paths end in the same native code and the
+same autograd Function.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from mtp_ext.ops.loss.native_cpu import FLAG_HIDDEN, FLAG_WEIGHT
 from mtp_ext.ops.loss.options import RowOptions
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_MEAN, _SUM = [*RowOptions().pack(), 0.0], [*RowOptions().pack(), 1.0]  # as LossCall.pack() has them
+_MEAN, _SUM = [*RowOptions().pack(), 0.0], [*RowOptions().pack(), 1.0]  # as in LossCall.pack()
 
 
 def takes(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> bool:
-    """Whether the arguments are right, and plain; what is wrong is for the general way to say."""
+    """Returns True if the fast path supports the arguments; the general path reports errors."""
     return (
         type(hidden) in _PLAIN_TYPES
         and type(weight) in _PLAIN_TYPES
@@ -46,10 +46,10 @@ def takes(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, re
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The loss, 0-d, of arguments that :func:`takes` took."""
+    """Computes the loss, 0-d, of arguments for which :func:`takes` is True."""
     with_grad = torch.is_grad_enabled()
     need_hidden, need_weight = with_grad and hidden.requires_grad, with_grad and weight.requires_grad
-    with torch._C._AutoDispatchBelowAutograd():  # as torch.no_grad(), which costs 2 us more
+    with torch._C._AutoDispatchBelowAutograd():  # like torch.no_grad(), but 2 us cheaper
         results, first_invalid = torch.ops.mtp_ext._fused_loss_.default(
             [hidden],
             weight,

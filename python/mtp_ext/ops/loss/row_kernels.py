@@ -1,4 +1,4 @@
-"""The native row operators with Python types, and their shapes for tracing. Not differentiable by themselves."""
+"""Typed wrappers of the native row operators and their fake implementations. Not differentiable by themselves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtp_ext.ops.loss.arguments import LossCall
 
 
 def prepared(call: LossCall) -> LossCall:
-    """``call`` with its tensors in the layouts and dtypes that the kernels read; cheap where they have them already."""
+    """Returns ``call`` with its tensors in the kernels' layouts and dtypes; cheap if they are already."""
     acc, normalizer = call.acc_dtype, call.normalizer
     changes: dict[str, Any] = {
         "labels": call.labels if call.labels.stride(-1) == 1 else call.labels.contiguous(),
@@ -38,15 +38,15 @@ def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class SelectedRows(NamedTuple):
-    """The rows that carry a target."""
+    """The rows with a target."""
 
-    rows: Tensor  # [n * B * S] int64: the flat indices of those that count, ascending, then -1
+    rows: Tensor  # [n * B * S] int64: the flat indices of rows with a target, ascending, then -1
     counts: Tensor  # [n] int64
     first_invalid: Tensor  # [1] int64: the flat index into labels of a target outside [0, vocab_size), or -1
 
 
 def select_rows(call: LossCall, vocab_size: int) -> SelectedRows:
-    """The rows of a prepared call that carry a target, on its device."""
+    """Selects the rows with a target of a prepared call, on its device."""
     return SelectedRows._make(
         torch.ops.mtp_ext._select_rows(
             call.labels,
@@ -83,7 +83,7 @@ ROW_STATISTICS = 6  # max, sum_others, target_logit, target_class_weight, weight
 
 @dataclass(frozen=True)
 class RowShard:
-    """The two-stage form of a chunk whose vocabulary is sharded: see ``Stage`` in ``csrc/core/loss_rows_params.h``."""
+    """State of the two stages of a chunk with a sharded vocabulary: see ``Stage`` in ``csrc/core/loss_rows_params.h``."""
 
     vocab_start: int
     total_vocab: int
@@ -93,11 +93,11 @@ class RowShard:
 
 @dataclass(frozen=True)
 class RowScales:
-    """What weighs the gradient of a row."""
+    """Scales of the rows' gradients."""
 
     heads: Tensor  # [n], the weight of each head's rows
-    class_weight_sum: float = 0.0  # over the whole vocabulary; its size where there are no class weights
-    class_weight_total: Tensor | None = None  # [1] float64, the same sum where the host would have to wait for it
+    class_weight_sum: float = 0.0  # over the whole vocabulary; its size without class weights
+    class_weight_total: Tensor | None = None  # [1] float64, the same sum on a GPU, where reading it would sync
 
 
 def loss_rows_(
@@ -114,7 +114,7 @@ def loss_rows_(
     """Fills the tables at ``rows`` from ``logits [R, V]``, and overwrites the logits with their gradient if asked.
 
     Without ``write_gradient`` the logits are scratch and left undefined. Shapes are those of ``csrc/cpu/loss_rows.h``.
-    With a ``shard``, stage ``"statistics"`` and then ``"gradient"``; else ``"whole"``.
+    With a ``shard``, call stage ``"statistics"`` and then ``"gradient"``; else ``"whole"``.
 
     Args:
         call: Prepared (:func:`prepared`).

@@ -1,8 +1,8 @@
 """The row-chunk loop: logits of a few rows, their loss, their gradient in place, and the products with it.
 
-Every GEMM of the loss is here, three per chunk (6 N D V FLOP in all). Nothing of size ``N x V`` is ever held. It serves
-GPUs, where counting rows would synchronise, and sharded vocabularies, whose ranks meet after every chunk; the CPU's
-native call (:mod:`mtp_ext.ops.loss.native_cpu`) is this loop in C++.
+Each chunk takes three GEMMs (6 N D V FLOP in total). Nothing of size ``N x V`` is ever stored. It serves GPUs, where
+counting rows would sync, and sharded vocabularies, whose ranks communicate after every chunk; the native CPU call
+(:mod:`mtp_ext.ops.loss.native_cpu`) is this loop in C++.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from mtp_ext.ops.loss.vocabulary_shard import VocabularyShard
 
 @dataclass
 class _ChunkGradients:
-    """Where the chunks write gradients; None, or an empty mapping, where none is needed."""
+    """Output buffers for the chunks' gradients; None, or an empty mapping, if not needed."""
 
-    hidden: Mapping[int, Tensor]  # by head, [B * S, D], zeros at rows that do not count
+    hidden: Mapping[int, Tensor]  # by head, [B * S, D], zeros at rows without a target
     weight: Tensor | None  # [V, D]
     bias: Tensor | None  # [V], a running sum
     accumulate: bool  # add to weight instead of overwriting it
 
     @property
     def needed(self) -> bool:
-        """Whether any is."""
+        """True if any gradient is needed."""
         return bool(self.hidden) or self.weight is not None or self.bias is not None
 
 
@@ -46,12 +46,12 @@ class RowLoop:
     """The loss of the rows of ``n`` heads; :meth:`run` may be called for any heads, each once, in any order.
 
     Args:
-        call: The call.
-        weight: ``[V, D]`` or ``[n, V, D]``; its group remembers it by identity.
-        needs: Which gradients to form.
+        call: The arguments of the loss.
+        weight: ``[V, D]`` or ``[n, V, D]``; with a group, shard sizes are cached by its identity.
+        needs: Which gradients to compute.
     Raises:
-        ValueError: A target outside ``[0, V)`` that is not ``ignore_index``, or more than ``max_valid``, where values
-            are seen.
+        ValueError: On the CPU or with debug checks, a target outside ``[0, V)`` that is not ``ignore_index``, or more
+            than ``max_valid``.
     """
 
     def __init__(self, call: LossCall, weight: Tensor, needs: Needs) -> None:
@@ -71,11 +71,11 @@ class RowLoop:
 
     @property
     def denominators(self) -> Tensor:
-        """``[n]``, what each head's sum is divided by."""
+        """The denominator of each head's mean, ``[n]``."""
         return self.terms.denominators
 
     def row_tables(self) -> RowTables:
-        """What the rows of the heads so far left behind, ``[n, B, S]``; losses times their token weights."""
+        """Returns the tables of the heads run so far, ``[n, B, S]``; losses include their token weights."""
         losses = self.terms.weighted(self._tables.loss.flatten())
         return self._tables._replace(loss=losses.view(self._tables.loss.shape))
 
@@ -84,8 +84,8 @@ class RowLoop:
 
         Args:
             heads: 0-based and consecutive.
-            hidden: Each of their ``[..., D]`` with ``B * S`` rows, or one tensor with the rows of all.
-            sums: The gradients of weight and bias, those of a replicated weight for these heads.
+            hidden: One ``[..., D]`` with ``B * S`` rows per head, or one tensor with the rows of all.
+            sums: Buffers for the gradients of weight and bias; of a replicated weight, the slice of these heads.
         Returns:
             The gradients of ``hidden``, in its form.
         """
@@ -112,13 +112,13 @@ class RowLoop:
         return grads
 
     def _rows_of_heads(self, n_heads: int, given: Sequence[Tensor]) -> list[Tensor]:
-        """``[B * S, D]`` of each head, of as many tensors, or of one with the rows of all."""
+        """Views the input, one tensor per head or one with the rows of all, as ``[B * S, D]`` per head."""
         if len(given) == n_heads:
             return [x.reshape(-1, x.shape[-1]) for x in given]
         return [part for x in given for part in x.reshape(n_heads, -1, x.shape[-1]).unbind(0)]
 
     def _ranges(self, heads: range) -> list[range]:
-        """Runs of heads whose rows may share a chunk: one unembedding, and the same answer to detach_weight."""
+        """Ranges of heads whose rows may share a chunk: the same unembedding, all or none in ``detach_weight``."""
         if self.weight.dim() == 3:
             return [range(k, k + 1) for k in heads]
         detached = self.call.detach_weight
@@ -145,7 +145,7 @@ class RowLoop:
             self._chunk(low, min(low + size, end), logits, hidden, gemms, out)
 
     def _gemms_of(self, k: int) -> ChunkGemms:
-        """The products with head ``k``'s unembedding; those of a shared one are kept."""
+        """Returns the GEMMs with head ``k``'s unembedding; the last one is cached."""
         if k not in self._gemms:
             made = ChunkGemms(
                 self.weight[k] if self.weight.dim() == 3 else self.weight,
@@ -185,7 +185,7 @@ class RowLoop:
         if out.hidden:
             grad, in_place = self._grad_hidden(low, high, z, gemms, out.hidden)
             if self.shard is not None:
-                pending = self.shard.sum_async_(grad)  # overlaps with the weight's product below
+                pending = self.shard.sum_async_(grad)  # overlaps with the weight's GEMM below
         if out.weight is not None:
             gemms.add_grad_weight(z, h, out.weight, accumulate=out.accumulate)
             out.accumulate = True
@@ -198,7 +198,7 @@ class RowLoop:
                 self._scatter(low, high, grad, out.hidden)
 
     def _gather(self, low: int, high: int, hidden: Mapping[int, Tensor], gemms: ChunkGemms) -> Tensor:
-        """The chunk's rows as a GEMM operand ``[C, D]``; a view where they are consecutive and need no conversion."""
+        """Gathers the chunk's rows as a GEMM operand ``[C, D]``; a view if consecutive and in the right dtype."""
         dtype, valid = gemms.logits_dtype, self.selection.valid
         buffer: Tensor | None = None
         for head, where, index in self.selection.pieces(low, high):
@@ -218,7 +218,7 @@ class RowLoop:
     def _grad_hidden(
         self, low: int, high: int, z: Tensor, gemms: ChunkGemms, grads: Mapping[int, Tensor]
     ) -> tuple[Tensor, bool]:
-        """The chunk's gradient ``[C, D]``, and whether it was written straight to where it belongs."""
+        """Computes the chunk's gradient ``[C, D]``; also returns whether it was written in place to ``grads``."""
         pieces = list(self.selection.pieces(low, high))
         head, _, index = pieces[0]
         target = grads[head]
@@ -236,7 +236,7 @@ class RowLoop:
                 target.index_copy_(0, index, grad[where].to(target.dtype))
 
     def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Memory that the chunks share; grown where a later range has larger chunks."""
+        """Returns a buffer that the chunks share, grown if a later range has larger chunks."""
         held = self._buffers.get(name)
         if held is None or held.shape[0] < shape[0] or held.dtype != dtype or held.shape[1] != shape[1]:
             held = empty(shape, dtype, self.weight.device)

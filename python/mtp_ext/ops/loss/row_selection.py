@@ -1,9 +1,9 @@
-"""Which rows of the heads are multiplied with the unembedding.
+"""Selects the rows to multiply with the unembedding.
 
-The CPU counts the rows that carry a target. A GPU would have to synchronise to count them, so a host-side upper bound
-(label length, ``max_valid``) is used: that many rows per head are processed, those with a target first, and rows
-without one among them are marked -1. The row kernel turns the logits of a marked row into zeros; its hidden states are
-replaced by zeros on the way (:func:`copy_valid_rows`), so that what it holds, NaN included, reaches no product.
+The CPU counts the rows with a target. A GPU would have to synchronise to count them, so a host-side upper bound (label
+length, ``max_valid``) is used: that many rows per head are processed, those with a target first, and rows without one
+among them are marked -1. The row kernel zeroes the logits of a marked row, and :func:`copy_valid_rows` zeroes its
+hidden states, so that nothing in it, NaN included, reaches a product.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ WORTHWHILE_SHARE = 64
 
 @dataclass(frozen=True)
 class RowSelection:
-    """The rows that take part, head by head."""
+    """The rows to process, head by head."""
 
-    rows: Tensor  # [offsets[-1]] int64, flat (head, b, s), or -1 where there is no target
+    rows: Tensor  # [offsets[-1]] int64, flat (head, b, s), or -1 without a target
     offsets: list[int]  # [n + 1]: head k's rows are rows[offsets[k] : offsets[k + 1]]
     rows_per_head: int  # B * S
-    flat: Tensor  # rows with the index of the marked ones, too; every index once
-    valid: Tensor | None = None  # [offsets[-1]] bool, whether a row is not marked; None: none is
+    flat: Tensor  # like rows, with the indices of marked rows too; every index once
+    valid: Tensor | None = None  # [offsets[-1]] bool, False at marked rows; None: no row is marked
 
     @staticmethod
     def of(selected: SelectedRows, call: LossCall) -> RowSelection:
-        """The rows to multiply for a call, from :func:`mtp_ext.ops.loss.row_kernels.select_rows`."""
+        """Chooses the rows to process from those of :func:`mtp_ext.ops.loss.row_kernels.select_rows`."""
         rows_per_head = call.rows_per_head
         if backend_of(selected.rows.device).sees_values:
             offsets = _offsets(selected.counts.tolist())
@@ -51,59 +51,59 @@ class RowSelection:
         return RowSelection(torch.where(valid, flat, -1), _offsets(limits), rows_per_head, flat, valid)
 
     def count(self, head: int) -> int:
-        """How many rows of a head, 0-based, take part."""
+        """The number of rows processed for a 0-based head."""
         return self.offsets[head + 1] - self.offsets[head]
 
     def pieces(self, begin: int, end: int) -> Iterator[tuple[int, slice, slice | Tensor]]:
-        """Splits ``rows[begin:end]`` by head: ``(head, where in the chunk, which of the head's B * S rows)``."""
+        """Splits ``rows[begin:end]`` by head: ``(head, slice of the chunk, index into the head's B * S rows)``."""
         for head in range(len(self.offsets) - 1):
             first, last = self.offsets[head], self.offsets[head + 1]
             low, high = max(begin, first), min(end, last)
             if low >= high:
                 continue
             where = slice(low - begin, high - begin)
-            if last - first == self.rows_per_head:  # every row takes part: consecutive
+            if last - first == self.rows_per_head:  # all rows, in order
                 yield head, where, slice(low - first, high - first)
             else:
                 yield head, where, self.flat[low:high] - head * self.rows_per_head
 
     def sums_of_heads(self, x: Tensor) -> Tensor:
-        """``[n]`` float64: the sums of ``x [offsets[-1]]`` over each head's rows."""
-        # In float32 the sum over a large batch would lose digits.
+        """Sums ``x [offsets[-1]]`` over each head's rows: ``[n]`` float64."""
+        # A float32 sum over a large batch would lose digits.
         parts = [x[a:b].sum(dtype=torch.float64) for a, b in zip(self.offsets, self.offsets[1:], strict=False)]
         return torch.stack(parts)
 
 
 def most_rows(call: LossCall) -> list[int]:
-    """How many rows of each head can carry a target: the labels end somewhere, and the caller may know more."""
+    """Upper bounds on each head's rows with a target, from the label length and ``max_valid``."""
     batch, label_len = call.labels.shape
     within = [batch * min(call.seq_len, max(0, label_len - call.first_shift - k)) for k in range(call.n_heads)]
     return within if call.max_valid is None else [min(a, b) for a, b in zip(within, call.max_valid, strict=True)]
 
 
 def mark_rows(selected: Tensor) -> tuple[Tensor, Tensor]:
-    """From the compacted rows that count to a mark for every row.
+    """Expands the compacted indices of rows with a target into a mask over all rows.
 
     Args:
-        selected: ``[M]`` int64, the flat indices of the rows that count, then -1.
+        selected: ``[M]`` int64, the flat indices of rows with a target, then -1.
     Returns:
-        ``rows`` ``[M]``, each its own index or -1, and ``valid`` ``[M]`` bool.
+        ``rows`` ``[M]``, each row's own index or -1, and ``valid`` ``[M]`` bool.
     """
     n_rows = selected.shape[0]
-    valid = torch.zeros(n_rows + 1, dtype=torch.bool, device=selected.device)  # a last entry for every -1
+    valid = torch.zeros(n_rows + 1, dtype=torch.bool, device=selected.device)  # the last entry takes every -1
     valid.index_fill_(0, torch.where(selected < 0, n_rows, selected), True)
     valid = valid[:n_rows]
     return torch.where(valid, torch.arange(n_rows, device=selected.device), -1), valid
 
 
 def valid_rows_first(valid: Tensor, limits: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The first ``limits[k]`` rows of each head, were those that count moved to the front.
+    """Moves each head's rows with a target to the front and returns the first ``limits[k]`` rows.
 
     Args:
-        valid: ``[n, R]`` bool, which rows count.
-        limits: ``n`` numbers of at most ``R``. A head that may use all rows keeps their order.
+        valid: ``[n, R]`` bool, True at rows with a target.
+        limits: ``n`` numbers of at most ``R``. A head with the limit ``R`` keeps its order.
     Returns:
-        ``flat`` ``[sum(limits)]`` int64, indices into ``n * R`` rows, each once, and whether those count, bool.
+        ``flat`` ``[sum(limits)]`` int64, unique indices into ``n * R`` rows, and their ``valid``, bool.
     """
     n_rows = valid.shape[1]
     position = torch.arange(n_rows, device=valid.device)
@@ -120,7 +120,7 @@ def valid_rows_first(valid: Tensor, limits: Sequence[int]) -> tuple[Tensor, Tens
 
 
 def copy_valid_rows(source: Tensor, valid: Tensor, out: Tensor) -> None:
-    """``out[i] = source[i]`` where ``valid[i]``, else 0: ``[C, D]``, ``[C]``, ``[C, D]``."""
+    """Copies ``source[i]`` to ``out[i]`` where ``valid[i]``, else 0: ``[C, D]``, ``[C]``, ``[C, D]``."""
     keep, zero = valid[:, None], source.new_zeros(())
     if source.dtype == out.dtype:
         torch.where(keep, source, zero, out=out)

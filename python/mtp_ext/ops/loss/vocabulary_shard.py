@@ -1,8 +1,8 @@
-"""A vocabulary sharded over a process group: each rank holds some rows of the unembedding, all the same hidden rows.
+"""A vocabulary sharded over a process group: each rank holds some rows of the unembedding and all hidden rows.
 
-Per chunk of rows, whatever the number of heads: one all-gather of six numbers a row, and one all-reduce of the hidden
-states' gradient. Every rank combines the gathered numbers in the same order, so all hold bitwise the same loss.
-(Megatron-LM, arXiv 1909.08053, section 3; here without the logits.)
+Communication per chunk of rows, for any number of heads: one all-gather of six numbers per row and one all-reduce of
+the hidden states' gradient. All ranks combine the gathered numbers in the same order, so the loss is bitwise the same.
+(Megatron-LM, arXiv 1909.08053, section 3; here without storing the logits.)
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mtp_ext.ops.loss.row_kernels import ROW_STATISTICS, RowShard
 
-# By weight and name of the group. To read the sizes a host waits for its GPU: once for a parameter. All ranks find them
-# here or none does, for they use tensors that are each other's shards in the same order.
+# By weight and group name. Reading the sizes syncs with the GPU, so it is done once per parameter. The cache hits on
+# all ranks or on none, because all use corresponding shards in the same order.
 _known_sizes = WeakTensorKeyDictionary()
 
 
@@ -29,14 +29,14 @@ class VocabularyShard:
     start: int
     size: int
     total: int
-    largest: int  # the largest shard of the group: what chunks are sized by, so that all ranks cut the same chunks
+    largest: int  # the group's largest shard; determines the chunk size, so that all ranks use the same chunks
 
     @staticmethod
     def of(weight: Tensor, group: dist.ProcessGroup) -> VocabularyShard:
-        """The shard that ``weight`` ``[V, D]`` or ``[n, V, D]`` is in ``group``.
+        """Returns the shard of ``weight``, ``[V, D]`` or ``[n, V, D]``, in ``group``.
 
         Raises:
-            ValueError: ``weight`` has another number of classes than when it was first used with ``group``.
+            ValueError: ``weight`` changed its number of classes since its first use with ``group``.
         """
         sizes, rank, own = _sizes(weight, group), dist.get_rank(group), weight.shape[-2]
         if sizes[rank] != own:
@@ -47,7 +47,7 @@ class VocabularyShard:
         return VocabularyShard(group, sum(sizes[:rank]), own, sum(sizes), max(sizes))
 
     def stage(self, n_rows: int, device: torch.device) -> RowShard:
-        """Room for the statistics of a chunk."""
+        """Allocates the statistics of a chunk."""
         return RowShard(
             self.start,
             self.total,
@@ -56,7 +56,7 @@ class VocabularyShard:
         )
 
     def combine_(self, statistics: Tensor) -> None:
-        """Replaces this shard's row statistics ``[C, 6]`` by those of the whole vocabulary."""
+        """Replaces this shard's row statistics ``[C, 6]`` with those of the whole vocabulary."""
         shards = [torch.empty_like(statistics) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(shards, statistics, group=self.group)
         statistics.copy_(combined(torch.stack(shards)))
@@ -67,26 +67,26 @@ class VocabularyShard:
         return x
 
     def sum_async_(self, x: Tensor) -> dist.Work:
-        """Starts to all-reduce ``x`` in place; the caller waits."""
+        """Starts an all-reduce of ``x`` in place; the caller waits for it."""
         work: dist.Work = dist.all_reduce(x, group=self.group, async_op=True)
         return work
 
 
 def combined(shards: Tensor) -> Tensor:
-    """Row statistics of a vocabulary ``[C, 6]`` (float64) from those of its shards ``[P, C, 6]``, in their order."""
+    """Combines the row statistics of all shards, ``[P, C, 6]`` in rank order, into ``[C, 6]`` (float64)."""
     statistics = torch.empty_like(shards[0])  # max, sum_others, target_logit, class weight, weighted sum, argmax
     maxima = shards[..., 0]
     top = maxima.amax(0)
     statistics[:, 0] = top
     statistics[:, 1] = (shards[..., 1] * torch.exp(maxima - top)).sum(0)
     statistics[:, 2:5] = shards[..., 2:5].sum(0)
-    first = (maxima == top).to(torch.int8).argmax(0)  # of equal maxima the lowest class, as in one process
+    first = (maxima == top).to(torch.int8).argmax(0)  # ties go to the lowest class, as in one process
     statistics[:, 5] = shards[..., 5].gather(0, first[None])[0]
     return statistics
 
 
 def _sizes(weight: Tensor, group: dist.ProcessGroup) -> list[int]:
-    """How many classes each rank of ``group`` holds: remembered, or one small all-gather."""
+    """The number of classes on each rank of ``group``: cached, or from one small all-gather."""
     known: dict[str, list[int]] = _known_sizes.setdefault(weight, {})  # type: ignore[no-untyped-call]
     sizes = known.get(group.group_name)
     if sizes is None or len(sizes) != dist.get_world_size(group):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mtp_ext.ops.common.backend import KERNEL_DTYPES, backend_of
 from mtp_ext.ops.common.checks import describe
@@ -33,13 +32,15 @@ class RMSNormFunction(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
         ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
         y: Tensor = (x * scale).mul_(weight)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_differentiable_backward(grad, x, weight, ctx.eps), None)
         with torch.autocast(x.device.type, enabled=False):  # keeps the product with weight below in full precision
             per_weight = (x * scale).mul_(grad)
             grad_x = None
@@ -58,14 +59,28 @@ class RMSNormHeadsFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor, eps: float) -> Tensor:
         y, rstd = backend_of(x.device).rms_norm_heads(x, weights, eps)
         ctx.save_for_backward(x, weights, rstd)
+        ctx.eps = eps
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_differentiable_backward(grad, x, weights, ctx.eps), None)
         grad_x, grad_weights = backend_of(x.device).rms_norm_heads_backward(grad.contiguous(), x, weights, rstd)
         return grad_x if ctx.needs_input_grad[0] else None, grad_weights if ctx.needs_input_grad[1] else None, None
+
+
+def _differentiable_backward(
+    grad: Tensor, x: Tensor, weights: Tensor, eps: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of ``x [..., D]`` and ``weights [D]`` or ``[n, D]`` under ``create_graph``, in torch operations."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    unit = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = unit * weights if weights.dim() == 1 else unit * weights.view(weights.shape[0], *[1] * (x.dim() - 1), -1)
+    wanted = [t for t in (x, weights) if t.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))
+    return next(found) if x.requires_grad else None, next(found) if weights.requires_grad else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -92,7 +107,7 @@ def rms_norm_heads(x: Tensor, weights: Tensor, eps: float) -> Tensor:
         weights: ``[n, D]``.
         eps: Added to the mean square.
     Returns:
-        ``[n, ..., D]`` in ``x``'s dtype. Differentiable once.
+        ``[n, ..., D]`` in ``x``'s dtype.
     Raises:
         ValueError: ``weights`` does not fit ``x``.
     """

@@ -1,4 +1,4 @@
-"""The labels of one step and how they count: what every schedule needs to know beside the hidden states."""
+"""The labels of one step and their options: the inputs of every schedule besides the hidden states."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mtp_ext.ops.loss.options import RowOptions
 
 
 class StepKeywords(TypedDict, total=False):
-    """The keyword arguments that every model takes beside its labels; the defaults are those of the loss.
+    """The keyword arguments of every model's forward; the defaults are those of the loss.
 
-    All but these two are described by :func:`mtp_ext.multi_token_cross_entropy`.
+    The others are documented in :func:`mtp_ext.multi_token_cross_entropy`.
 
     Attributes:
         options: How a row of logits becomes a loss: smoothing, z-loss, scale, cap, class weights.
-        detach_heads: 1-based heads that learn but send no gradient to what they read (the trunk, or the head before in
-            a chained variant).
+        detach_heads: 1-based heads that learn but send no gradient to their input (the trunk, or the previous head in a
+            chained variant).
     """
 
     options: RowOptions
@@ -44,10 +44,10 @@ _KEYWORDS = frozenset(StepKeywords.__optional_keys__)
 
 @dataclass(frozen=True)
 class Targets:
-    """The arguments of a step, checked."""
+    """The checked arguments of a step."""
 
-    call: LossCall  # in float32 until the hidden states are known: see of_hidden
-    active: frozenset[int]  # heads that run; the weight of the others is known to be 0
+    call: LossCall  # compute_dtype is float32 until the hidden states are known: see of_hidden
+    active: frozenset[int]  # heads that run; the others' weights are known to be 0
     detach_heads: frozenset[int]
 
     @staticmethod
@@ -62,7 +62,7 @@ class Targets:
         seq_len: int,
         device: torch.device,
     ) -> Targets:
-        """Raises TypeError or ValueError for the first wrong argument, before any work."""
+        """Checks the arguments of a forward; raises TypeError or ValueError for the first wrong one."""
         if unknown := keywords.keys() - _KEYWORDS:
             raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
         checks.check_tensor("labels", labels, dtypes=checks.INDEX_DTYPES, shape="[B, S']", device=device)
@@ -92,20 +92,18 @@ class Targets:
             chunk_rows=keywords.get("chunk_rows"),
             workspace_bytes=keywords.get("workspace_bytes"),
         )
-        checks.check_int("ignore_index", call.ignore_index)
-        checks.check_positive_int("chunk_rows", call.chunk_rows)
-        checks.check_positive_int("workspace_bytes", call.workspace_bytes)
+        call.check_values()
         known = head_weights if weights is None or not backend_of(weights.device).sees_values else weights
         detach_heads = checks.checked_heads("detach_heads", keywords.get("detach_heads", ()), n_heads)
         return Targets(call, _active_heads(known, n_heads), detach_heads)
 
     def of_hidden(self, hidden: Tensor) -> LossCall:
-        """The call, in the dtype that ``hidden`` is multiplied in."""
+        """Returns the call with the compute dtype for ``hidden``."""
         return replace(self.call, compute_dtype=autocast_dtype(hidden) or hidden.dtype)
 
 
 def _checked_options(heads: HeadStack, options: RowOptions | None, device: torch.device) -> RowOptions:
-    """``options`` with the soft cap of the heads."""
+    """Checks ``options`` and returns them with the heads' soft cap."""
     if options is None:
         return RowOptions(softcap=heads.softcap)
     if not isinstance(options, RowOptions):
@@ -117,8 +115,10 @@ def _checked_options(heads: HeadStack, options: RowOptions | None, device: torch
 
 
 def _active_heads(head_weights: Tensor | Sequence[float] | None, n_heads: int) -> frozenset[int]:
-    """The heads whose weight is not known to be 0. A weight that is learned needs its head's loss, and one on a GPU is
-    not looked at: that would be a synchronisation."""
+    """Returns the heads whose weight is not known to be 0.
+
+    A learned weight needs its head's loss, and reading weights on a GPU would sync.
+    """
     every = frozenset(range(1, n_heads + 1))
     if head_weights is None or torch.compiler.is_compiling():
         return every

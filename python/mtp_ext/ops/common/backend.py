@@ -145,7 +145,7 @@ class CpuBackend(Backend):
     def scaled(
         self, grads: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None]
     ) -> list[Tensor | None]:
-        if not torch.compiler.is_compiling() and by.item() == 1.0:
+        if _has_value(by) and by.item() == 1.0:
             return [x if x is None or x.dtype == d else x.to(d) for x, d in zip(grads, dtypes, strict=True)]
         return super().scaled(grads, by, dtypes)
 
@@ -189,6 +189,14 @@ class CudaBackend(Backend):
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         self.ops._scale_into_(x.contiguous(), by.float().reshape(1), out)
         return out
+
+
+def _has_value(x: Tensor) -> bool:
+    """Returns True if the host can read ``x``: it is neither traced, nor fake, nor batched by a transform."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    functorch = torch._C._functorch
+    return not functorch.is_functorch_wrapped_tensor(x) and not functorch.is_legacy_batchedtensor(x)
 
 
 @functools.cache

@@ -59,6 +59,12 @@ def check_vector(
     check_shape(name, x, [size], f"[{meaning}]")
 
 
+def check_constant(name: str, x: object) -> None:
+    """Raises ValueError if ``x`` is a tensor that would need a gradient; the loss computes none for it."""
+    if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require grad, because the loss gives it no gradient: pass {name}.detach()")
+
+
 def check_like_labels(labels: Tensor, document_ids: Tensor | None, token_weights: Tensor | None) -> None:
     """Checks the optional tensors that have one entry per label."""
     optional = (("document_ids", document_ids, INDEX_DTYPES), ("token_weights", token_weights, FLOAT_DTYPES))

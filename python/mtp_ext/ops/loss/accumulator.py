@@ -92,7 +92,7 @@ class HeadLossAccumulator:
 
     @property
     def grad_weight(self) -> Tensor | None:
-        """The gradient of ``weight`` from the heads added so far, in its shape; float32 (float64 for float64 inputs)."""
+        """The gradient of ``weight`` from the heads added so far, float32 (float64 for float64 inputs)."""
         grad = self._sums.weight
         if grad is not None and grad.dim() == 3:
             for k in self._unwritten:

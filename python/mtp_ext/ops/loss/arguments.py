@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,17 +99,26 @@ class LossCall:
     row_scale: Tensor | None = None  # [n * B * S], incoming gradient of each row's loss
     lse_grad: Tensor | None = None  # [n * B * S], incoming gradient of each row's log-sum-exp
 
+    N_TENSORS: ClassVar[int] = 4  # of without_tensors()
+
     def check(self, weight: Tensor) -> None:
         """Raises TypeError or ValueError for the first wrong argument that all losses share."""
         device, vocab_size = weight.device, weight.shape[-2]
         checks.check_vector("bias", self.bias, vocab_size, "V", checks.FLOAT_DTYPES, device)
         self.options.check(vocab_size, device)
-        checks.check_int("ignore_index", self.ignore_index)
-        checks.check_positive_int("chunk_rows", self.chunk_rows)
-        checks.check_positive_int("workspace_bytes", self.workspace_bytes)
         checks.check_grad_weight_out(self.grad_weight_out, weight)
         checks.check_group(self.group)
         checks.check_reduction(self.reduction)
+        self.check_values()
+
+    def check_values(self) -> None:
+        """The part of :meth:`check` that needs no weight."""
+        checks.check_int("ignore_index", self.ignore_index)
+        checks.check_positive_int("chunk_rows", self.chunk_rows)
+        checks.check_positive_int("workspace_bytes", self.workspace_bytes)
+        checks.check_constant("token_weights", self.token_weights)
+        checks.check_constant("class_weights", self.options.class_weights)
+        checks.check_constant("normalizer", self.normalizer)
 
     @property
     def row_shape(self) -> tuple[int, int]:
@@ -132,6 +141,22 @@ class LossCall:
         if self.reduction != "mean":
             return 1.0
         return None if isinstance(self.normalizer, str) else self.normalizer
+
+    def without_tensors(self) -> tuple[LossCall, list[Tensor | None]]:
+        """Splits off the tensors that backward reads again, so that autograd can save them and notice in-place changes.
+
+        Bias and gradient buffer stay: the bias is saved as an input, and the buffer is changed on purpose.
+        """
+        tensors = [self.labels, self.document_ids, self.token_weights, self.options.class_weights]
+        options = replace(self.options, class_weights=None)
+        return replace(self, document_ids=None, token_weights=None, options=options), tensors
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> LossCall:
+        """The inverse of :meth:`without_tensors`."""
+        labels, document_ids, token_weights, class_weights = tensors
+        assert labels is not None
+        options = replace(self.options, class_weights=class_weights)
+        return replace(self, labels=labels, document_ids=document_ids, token_weights=token_weights, options=options)
 
     def of_heads(self, heads: range) -> LossCall:
         """Returns the call for ``heads``, 0-based and consecutive, without ``max_valid``."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.derivatives import differentiable_once, is_last_backward, remember_inputs
 from mtp_ext.ops.common.result import MultiTokenLoss
 from mtp_ext.ops.loss import operators
 from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs
@@ -31,7 +31,7 @@ def reduced_loss(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> Mu
 def with_gradients(
     result: MultiTokenLoss, gradients: Gradients, call: LossCall, weight: Tensor, hidden: Sequence[Tensor]
 ) -> MultiTokenLoss:
-    """Attaches the gradients to ``result.loss``: of ``weight``, ``hidden``, and the bias and head weights of ``call``."""
+    """Attaches the gradients of ``weight``, ``hidden``, and ``call``'s bias and head weights to ``result.loss``."""
     if not torch.is_grad_enabled():
         return result
     loss = PrecomputedGradients.apply(  # type: ignore[no-untyped-call]
@@ -74,23 +74,22 @@ class PrecomputedGradients(torch.autograd.Function):
     ) -> Tensor:
         ctx.plan = buffer, [None if x is None else x.dtype for x in inputs]
         ctx.save_for_backward(*gradients)
+        remember_inputs(ctx, inputs)
         return loss[0]
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Without create_graph autograd has disabled gradients, and the guard would only cost 10 us.
-        return (_guarded_hand_out if torch.is_grad_enabled() else _hand_out)(ctx, grad)
-
-
-def _hand_out(ctx: Any, by: Tensor) -> tuple[Tensor | None, ...]:
-    grads, (buffer, dtypes) = ctx.saved_tensors, ctx.plan
-    if buffer is not None and grads[0] is not None:
-        torch.ops.mtp_ext._add_scaled_(buffer, grads[0], by)
-        grads = (None, *grads[1:])
-    return (None, None, None, *backend_of(by.device).scaled(grads, by, dtypes))
-
-
-_guarded_hand_out = once_differentiable(_hand_out)
+        grads, (buffer, dtypes) = ctx.saved_tensors, ctx.plan
+        if buffer is not None and grads[0] is not None:
+            torch.ops.mtp_ext._add_scaled_(buffer, grads[0], grad)
+            grads = (None, *grads[1:])
+        scaled = backend_of(grad.device).scaled(grads, grad, dtypes)
+        if is_last_backward():
+            return (None, None, None, *scaled)
+        # Callers may change the gradients that they get in place; the next backward needs the saved ones.
+        unsaved = (x.clone() if x is not None and x is y else x for x, y in zip(scaled, grads, strict=True))
+        return (None, None, None, *unsaved)
 
 
 def row_losses(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> tuple[MultiTokenLoss, Tensor]:
@@ -120,18 +119,20 @@ class RowLosses(torch.autograd.Function):
             *tables, result = torch.ops.mtp_ext._row_losses(list(hidden), weight, *call.pack(), needs)
         else:
             *tables, result = operators.row_losses(call, weight, hidden)
-        ctx.call, ctx.needs = call, needs
-        ctx.save_for_backward(weight, bias, *hidden)
+        ctx.needs = needs
+        remember_inputs(ctx, (weight, bias, *hidden))
+        ctx.call, tensors = call.without_tensors()
+        ctx.save_for_backward(weight, bias, *tensors, *hidden)
         ctx.mark_non_differentiable(tables[2], *result)
         return (*tables, *result)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_losses: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        weight, bias, *hidden = ctx.saved_tensors
-        needs = ctx.needs
+        weight, bias, *tensors = ctx.saved_tensors
+        hidden, needs = tensors[LossCall.N_TENSORS :], ctx.needs
         call = replace(
-            ctx.call,
+            ctx.call.with_tensors(tensors[: LossCall.N_TENSORS]),
             bias=bias,
             head_weights=None,
             normalizer=1.0,

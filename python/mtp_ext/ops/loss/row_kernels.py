@@ -83,7 +83,7 @@ ROW_STATISTICS = 6  # max, sum_others, target_logit, target_class_weight, weight
 
 @dataclass(frozen=True)
 class RowShard:
-    """State of the two stages of a chunk with a sharded vocabulary: see ``Stage`` in ``csrc/core/loss_rows_params.h``."""
+    """The two-stage form of a chunk of a sharded vocabulary: see ``Stage`` in ``csrc/core/loss_rows_params.h``."""
 
     vocab_start: int
     total_vocab: int

@@ -1,4 +1,4 @@
-"""Ordinary decoding: one token a step, by head 1, with a key-value cache."""
+"""Ordinary decoding: one token per step, from head 1, with a key-value cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """What :func:`generate` returns.
+    """The result of :func:`generate`.
 
     Attributes:
-        tokens: For each row, its new tokens, ``[<= max_new_tokens]`` int64, without the prompt, with the closing
+        tokens: The new tokens of each row, ``[<= max_new_tokens]`` int64, without the prompt, including a final
             ``eos_token``.
-        stats: Counts of the forwards and of their yield.
+        stats: Counts of forwards and tokens.
     """
 
     tokens: list[Tensor]
@@ -46,15 +46,15 @@ def generate(
 
     Args:
         model: The model.
-        prompt: ``[B, P]`` int64 or int32, or ``B`` 1-d tensors of any lengths of at least 1.
-        max_new_tokens: Most tokens to add to each row.
+        prompt: ``[B, P]`` int64 or int32, or ``B`` 1-d tensors of length at least 1.
+        max_new_tokens: Maximum number of tokens to add to each row.
         n_draft: Drafts per step; only ordinary decoding is implemented: 0 or None.
-        temperature: 0 takes the most likely token; else logits are divided by it and a token is drawn.
-        top_k: Draw from the ``k`` most likely tokens.
-        top_p: Draw from the fewest most likely tokens whose probabilities sum to at least ``p``.
-        eos_token: A row ends with this token, if it comes.
-        generator: Source of chance, on the model's device; default torch's global one.
-        on_tokens: Called with a row's number and its new tokens as soon as they are known.
+        temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is sampled.
+        top_k: Sample from the ``k`` most likely tokens.
+        top_p: Sample from the smallest set of most likely tokens whose probabilities sum to at least ``p``.
+        eos_token: Ends a row.
+        generator: Random generator on the model's device; default torch's global one.
+        on_tokens: Called with a row's index and its new tokens as soon as they are known.
     Returns:
         :class:`GenerationOutput`.
     Raises:
@@ -74,7 +74,7 @@ def generate(
 def _decode(
     model: MTPModel, prompts: list[Tensor], rows: _Rows, sampling: Sampling, generator: torch.Generator | None
 ) -> None:
-    """Fills ``rows``. Finished rows are read on as padding until the last one ends."""
+    """Fills ``rows``; finished rows continue as padding until the last one ends."""
     lengths = [len(p) for p in prompts]
     cache = KVCache(len(prompts), max(lengths) + rows.max_new_tokens)
     hidden = model.next_token_hidden(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), cache, lengths)
@@ -83,7 +83,7 @@ def _decode(
 
 
 def _draw(model: MTPModel, hidden: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """One token for each row of head 1's normed output ``[B, D]``: ``[B]`` int64."""
+    """Draws one token per row of head 1's normed output ``[B, D]``: ``[B]`` int64."""
     if sampling.n_best is None:
         return sampling.draw(model.heads.logits(1, hidden), generator)
     vocab_size = model.config.vocab_size
@@ -92,7 +92,7 @@ def _draw(model: MTPModel, hidden: Tensor, sampling: Sampling, generator: torch.
 
 
 class _Rows:
-    """The new tokens of each row, and which rows still run."""
+    """The new tokens of each row, and the rows that are still running."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class _Rows:
         self.n_forward = 0
 
     def add(self, tokens: Tensor) -> bool:
-        """Takes one forward's tokens ``[B]``; says whether another forward is needed."""
+        """Adds one forward's tokens ``[B]``; returns True if another forward is needed."""
         self.n_forward += 1
         for row, token in enumerate(tokens.tolist()):
             if row not in self.running:
@@ -121,7 +121,7 @@ class _Rows:
 
 
 def _checked_prompts(model: MTPModel, prompt: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The prompts as 1-d int64 tensors on the model's device."""
+    """Checks the prompts and returns them as 1-d int64 tensors on the model's device."""
     if isinstance(prompt, Tensor) and prompt.dim() != 2:
         raise ValueError(f"prompt must be [B, P] or a list of 1-d tensors, got {describe(prompt)}")
     prompts = list(prompt)

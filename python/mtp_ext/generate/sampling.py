@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or by chance after temperature, top-k and top-p."""
+"""Samples the next token from logits: greedy, or with temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn.
+    """Sampling parameters.
 
     Args:
-        temperature: Logits are divided by it; 0 takes the most likely token.
-        top_k: Keep the ``k`` most likely tokens (exactly ``k``, ties by lower index).
-        top_p: Of those, keep the fewest most likely ones whose probabilities sum to at least ``p`` (Holtzman et al.
-            2020, arXiv 1904.09751).
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Keep the ``k`` most likely tokens (exactly ``k``; ties go to the lowest index).
+        top_p: Of those, keep the smallest set of most likely ones whose probabilities sum to at least ``p`` (Holtzman
+            et al. 2020, arXiv 1904.09751).
     Raises:
         TypeError, ValueError: An argument out of range.
     """
@@ -39,11 +39,11 @@ class Sampling:
 
     @property
     def n_best(self) -> int | None:
-        """How many of the most likely tokens a draw looks at; None: all."""
+        """The number of most likely tokens that a draw needs; None for all."""
         return 1 if self.temperature == 0 else self.top_k
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """``[..., V]``: what a draw follows; one-hot at temperature 0. float32, or float64 for float64 logits."""
+        """Returns the distribution ``[..., V]``, float32 or float64 as the logits; one-hot at temperature 0."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -55,7 +55,7 @@ class Sampling:
         )
 
     def draw(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One token for each row of ``logits [B, V]``: ``[B]`` int64."""
+        """Draws one token per row of ``logits [B, V]``: ``[B]`` int64."""
         if self.temperature == 0:
             return logits.argmax(-1)
         return torch.multinomial(self.probabilities(logits), 1, generator=generator)[:, 0]
@@ -63,22 +63,22 @@ class Sampling:
     def draw_from_best(
         self, logits: Tensor, classes: Tensor, vocab_size: int, generator: torch.Generator | None
     ) -> Tensor:
-        """:meth:`draw` from the :attr:`n_best` largest logits ``[B, k]``, largest first, and their classes."""
+        """Like :meth:`draw`, from the :attr:`n_best` largest logits ``[B, k]`` in descending order, and their ids."""
         if self.temperature == 0:
             return classes[:, 0]
-        # Spread over the vocabulary, so that a generator's numbers go to the same tokens as in draw().
+        # Scattered over the vocabulary, so that a generator draws the same tokens as in draw().
         probabilities = logits.new_zeros(len(logits), vocab_size).scatter_(-1, classes, self._of_best(logits))
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
     def _of_best(self, ordered: Tensor) -> Tensor:
-        """The probabilities of tokens that are all kept by top-k, from their logits, largest first."""
+        """Computes the probabilities of the tokens kept by top-k, from their logits in descending order."""
         kept = self._scaled(ordered).softmax(-1)
         if self.top_p is None:
             return kept
-        before = kept.cumsum(-1) - kept  # a token stays while those ahead of it sum to less than p
+        before = kept.cumsum(-1) - kept  # a token stays while the more likely ones sum to less than p
         kept = kept.where(before < self.top_p, 0.0)
         return kept / kept.sum(-1, keepdim=True)
 
     def _scaled(self, logits: Tensor) -> Tensor:
-        """The greatest logit goes first, so that a tiny temperature makes no infinity."""
+        """Divides by the temperature, after subtracting the maximum so that a tiny one does not overflow."""
         return (logits - logits.amax(-1, keepdim=True)) / self.temperature

@@ -1,4 +1,4 @@
-"""How many tokens a forward yields: the measures of speculative decoding, under the names that vLLM logs."""
+"""Decoding statistics: the measures of speculative decoding, under vLLM's names."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DecodingStats:
-    """Counts of one call of :func:`mtp_ext.generate.generate`. A step is one forward of one row that is not finished.
+    """Counts of one call of :func:`mtp_ext.generate.generate`. A step is one forward of one unfinished row.
 
     Attributes:
-        n_forward: Forwards of the model, that of the prompt included.
+        n_forward: Forwards of the model, including that of the prompt.
         n_tokens: Tokens emitted, over all rows.
         n_drafted: Tokens drafted, over all rows.
         histogram: ``histogram[i]`` is the number of steps that accepted ``i`` drafts, ``i = 0..`` drafts per step.
@@ -28,7 +28,7 @@ class DecodingStats:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens that a step emits on average (per row: a batch does not raise it); 0 without steps."""
+        """Mean tokens per step (per row, independent of the batch size); 0 without steps."""
         return _ratio(self.n_tokens, sum(self.histogram))
 
     @property
@@ -38,12 +38,12 @@ class DecodingStats:
 
     @property
     def draft_acceptance_rate(self) -> float:
-        """Accepted share of the drafts; 0 where nothing was drafted."""
+        """The fraction of drafts accepted; 0 without drafts."""
         return _ratio(self.n_accepted, self.n_drafted)
 
     @property
     def acceptance_rate_per_position(self) -> tuple[float, ...]:
-        """For each draft position, the share of steps that accepted the draft there; empty for ordinary decoding."""
+        """The fraction of steps that accepted the draft at each position; empty for ordinary decoding."""
         n_steps = sum(self.histogram)
         return tuple(_ratio(sum(self.histogram[i:]), n_steps) for i in range(1, len(self.histogram)))
 

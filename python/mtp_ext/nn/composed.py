@@ -1,4 +1,4 @@
-"""A model of your own trunk and heads."""
+"""A model composed of user-defined trunk and heads."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
 
 
 class ComposedModel(MultiTokenModel):
-    """Your own trunk, your own heads, in the order of any variant, with every schedule.
+    """A model from your own trunk and heads, with the head order of any variant and with every schedule.
 
     Args:
         trunk: ``tokens [B, S] -> hidden [B, S, D]``; with a second positional parameter it also gets ``document_ids
             [B, S]`` or None. A trunk with a method ``context(tokens, document_ids)``, such as
             :class:`mtp_ext.nn.transformer.trunk.Trunk`, is called as ``trunk(tokens, context=...)``.
-        heads: ``n`` modules, or a function that makes the one of head ``k`` in ``1..n``. Each maps ``[B, S, D]`` to
-            ``[B, S, D]``; with a second positional parameter it also gets the trunk's context (without one, the
-            document ids). Each gets a final RMSNorm of its own; pass :class:`mtp_ext.nn.Head` to choose another.
-        unembed: A module with ``weight [V, D]``, or ``[n, V, D]``, as :class:`torch.nn.Linear` has one.
-        variant: Whose order the heads run in: "causal" chains head 1 to ``n``, "anticausal" ``n`` to 1; in the others
-            every head reads the trunk.
-        n_future: ``n``; needed where ``heads`` is a function.
-        softcap: Of the logits.
+        heads: ``n`` modules, or a function that makes head ``k`` in ``1..n``. Each maps ``[B, S, D]`` to ``[B, S, D]``;
+            with a second positional parameter it also gets the trunk's context (or, if the trunk has none, the document
+            ids). Each gets its own final RMSNorm; pass :class:`mtp_ext.nn.Head` to choose another.
+        unembed: A module with ``weight [V, D]`` or ``[n, V, D]``, such as :class:`torch.nn.Linear`.
+        variant: Determines the order of the heads: "causal" chains head 1 to ``n``, "anticausal" ``n`` to 1; in the
+            others every head reads the trunk.
+        n_future: ``n``; required if ``heads`` is a function.
+        softcap: Soft cap of the logits.
     Raises:
         TypeError, ValueError: A wrong argument.
     """

@@ -1,4 +1,4 @@
-"""The shape of a multi-token prediction model."""
+"""Configuration of a multi-token prediction model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _FEED_FORWARD_MULTIPLE = 64
 
 
 class Shape(NamedTuple):
-    """A model of the paper: width, transformer layers in all (trunk and heads), attention heads."""
+    """A model of the paper: width, total transformer layers (trunk and heads), attention heads."""
 
     d_model: int
     n_layers: int
     n_attn_heads: int
 
 
-# Appendix M; the names are nominal parameter counts.
+# Paper, appendix M; the names are nominal parameter counts.
 PRESETS: dict[str, Shape] = {
     # Synthetic tasks.
     "1M": Shape(128, 5, 4),
@@ -43,41 +43,41 @@ PRESETS: dict[str, Shape] = {
 
 @dataclass(frozen=True)
 class MTPConfig:
-    """Sizes and choices of an :class:`mtp_ext.nn.MTPModel`.
+    """Configuration of an :class:`mtp_ext.nn.MTPModel`.
 
-    ``n_layers`` counts the transformer layers of the whole model, as the paper does to compare models of equal size
+    ``n_layers`` counts the transformer layers of the whole model, as in the paper, which compares models of equal size
     (section 2): a model of ``L`` layers has ``L - n_future`` trunk layers and ``n_future`` heads of one layer each, so
-    that ``n_future=1`` is an ordinary model of ``L`` layers. ``L == n_future`` is allowed: the heads then read the
-    embeddings. Heads that are no transformer layers ("linear", "replicated", "shared") take none from the trunk, and of
-    "sequential_modules" all but the first do.
+    ``n_future=1`` is an ordinary model of ``L`` layers. With ``L == n_future`` the heads read the embeddings. Heads
+    without transformer layers ("linear", "replicated", "shared") take none from the trunk; those of
+    "sequential_modules" take one each, except the first.
 
     Args:
         vocab_size: ``V``.
         d_model: ``D``, the width of the trunk.
-        n_layers: Transformer layers in all, trunk and heads.
-        n_attn_heads: Attention heads of a layer; ``d_model / n_attn_heads`` must be even (rotary pairs).
+        n_layers: Total transformer layers, trunk and heads.
+        n_attn_heads: Attention heads per layer; ``d_model / n_attn_heads`` must be even (rotary pairs).
         n_kv_heads: Key-value heads of grouped-query attention; default ``n_attn_heads``.
         d_ff: Inner width of the SwiGLU; default ``8/3 * d_model`` rounded up to a multiple of 64.
-        max_seq_len: Longest sequence that the model takes.
+        max_seq_len: Maximum sequence length.
         n_future: ``n``, the number of heads; head ``k`` in ``1..n`` predicts token ``t + k``.
         variant: Architecture of the heads: "parallel", "linear", "replicated", "causal", "anticausal" (paper, Appendix
             B), "sequential_modules" (DeepSeek-V3), or "shared" (n targets on one row of logits).
-        tie_embeddings: The unembedding is the embedding (the paper does not tie). Of several unembeddings, head 1's is.
-        replicate_unembedding: Each head has an unembedding of its own, as "replicated" always has.
+        tie_embeddings: Tie the unembedding to the embedding (the paper does not). If replicated, ties head 1's.
+        replicate_unembedding: Give each head its own unembedding, as "replicated" always does.
         shared_final_norm: One final RMSNorm for all heads instead of one each.
-        softcap: Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2); default: they stay as they are.
-        dropout: Probability of dropping what a layer adds to the residual stream, in training.
+        softcap: Logits become ``softcap * tanh(logits / softcap)`` (Gemma 2); default: no cap.
+        dropout: Dropout probability of what each layer adds to the residual stream, in training.
         rope_theta: Base of the rotary frequencies.
         norm_eps: Added to the mean square in RMSNorm.
         init_std: Standard deviation of the initial matrices; default ``1 / sqrt(fan_in)``, which keeps unit variance.
-        embed_init_std: That of the embedding. Default 1, the scale that the trunk's layers add to; if tied, that of
-            the unembedding.
-        unembed_init_std: That of the unembedding: small, so that the first loss is close to ``ln V``.
-        residual_init_scale: Factor of ``init_std`` in the matrices that write to the residual stream; default
-            ``1 / sqrt(2 * layers on the path to a head)``. 0 makes every layer start as the identity.
+        embed_init_std: Standard deviation of the embedding; default 1, the scale of the residual stream, or
+            ``unembed_init_std`` if tied.
+        unembed_init_std: Standard deviation of the unembedding: small, so that the first loss is close to ``ln V``.
+        residual_init_scale: Multiplies ``init_std`` in the matrices that write to the residual stream; default
+            ``1 / sqrt(2 * layers on the path to a head)``. With 0 every layer starts as the identity.
 
     Raises:
-        TypeError, ValueError: A field of wrong type or out of range, or fields that contradict each other.
+        TypeError, ValueError: A field of wrong type or out of range, or conflicting fields.
     """
 
     vocab_size: int
@@ -148,15 +148,15 @@ class MTPConfig:
     def preset(
         cls, name: str, vocab_size: int, n_future: int = 4, variant: str = "parallel", **overrides: Any
     ) -> MTPConfig:
-        """A shape of the paper (Appendix M), by name: "1M", "3M", ... "13B".
+        """Returns the configuration of a model of the paper (appendix M) by name: "1M", "3M", ... "13B".
 
         Args:
             name: One of :data:`mtp_ext.nn.config.PRESETS`.
             vocab_size, n_future, variant: As in the constructor.
-            overrides: Any other field, those of the shape included.
+            overrides: Any other field, including those of the shape.
         Raises:
-            ValueError: No such preset.
-            TypeError: No such field.
+            ValueError: Unknown preset.
+            TypeError: Unknown field.
         """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
@@ -165,10 +165,10 @@ class MTPConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> MTPConfig:
-        """The inverse of :meth:`to_dict`; fields left out take their defaults.
+        """Inverts :meth:`to_dict`; missing fields take their defaults.
 
         Raises:
-            ValueError: An unknown or a missing field.
+            ValueError: An unknown field, or a missing one without a default.
         """
         known = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := [name for name in fields if name not in known]:
@@ -179,7 +179,7 @@ class MTPConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON and TOML writers take them (``None`` means the default)."""
+        """Returns all fields as plain values (``None`` means the default)."""
         return dataclasses.asdict(self)
 
     @property
@@ -189,45 +189,45 @@ class MTPConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key-value heads, the default filled in."""
+        """Number of key-value heads, with the default filled in."""
         return self.n_attn_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def ff_dim(self) -> int:
-        """Inner width of the SwiGLU, the default filled in."""
+        """Inner width of the SwiGLU, with the default filled in."""
         if self.d_ff is not None:
             return self.d_ff
         return math.ceil(8 * self.d_model / 3 / _FEED_FORWARD_MULTIPLE) * _FEED_FORWARD_MULTIPLE
 
     @property
     def traits(self) -> Variant:
-        """The variant's row of the table of architectures."""
+        """The variant's entry in :data:`VARIANTS`."""
         return VARIANTS[self.variant]
 
     @property
     def n_head_layers(self) -> int:
-        """Transformer layers of the heads, all together."""
+        """Total transformer layers of the heads."""
         return self.traits.n_layers(self.n_future)
 
     @property
     def n_trunk_layers(self) -> int:
-        """Transformer layers of the trunk, what the heads leave of ``n_layers``."""
+        """Transformer layers of the trunk: ``n_layers`` minus those of the heads."""
         return self.n_layers - self.n_head_layers
 
     @property
     def path_layers(self) -> int:
-        """Transformer layers between the tokens and the logits of the head that is furthest from the trunk."""
+        """Transformer layers between the tokens and the logits of the head furthest from the trunk."""
         on_path = min(1, self.n_head_layers) if self.traits.order == "independent" else self.n_head_layers
         return self.n_trunk_layers + on_path
 
     @property
     def one_final_norm(self) -> bool:
-        """Whether all heads share the final norm."""
+        """True if all heads share the final norm."""
         return self.shared_final_norm or self.traits.one_norm
 
     @property
     def replicates(self) -> bool:
-        """Whether each head has an unembedding of its own."""
+        """True if each head has its own unembedding."""
         return self.replicate_unembedding or self.traits.own_unembedding
 
     @property
@@ -237,11 +237,11 @@ class MTPConfig:
 
     @property
     def _layer_matrices(self) -> int:
-        """Parameters of a transformer layer's matrices."""
+        """Number of parameters in a transformer layer's matrices."""
         return self.d_model * ((2 * self.n_attn_heads + 2 * self.kv_heads) * self.head_dim + 3 * self.ff_dim)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters of ``embed``, ``trunk``, ``heads``, ``unembed`` (less what is tied), and the ``total``."""
+        """Counts the parameters of ``embed``, ``trunk``, ``heads``, ``unembed`` (without tied ones) and ``total``."""
         width = self.d_model
         layer = self._layer_matrices + 2 * width
         kind = self.traits.layer
@@ -255,10 +255,10 @@ class MTPConfig:
         return counts | {"total": sum(counts.values())}
 
     def forward_flops(self, seq_len: int) -> dict[str, float]:
-        """Floating-point operations of a forward per token, of ``trunk``, ``heads``, ``unembed`` and ``total``.
+        """Forward FLOPs per token of ``trunk``, ``heads``, ``unembed`` and ``total``.
 
-        A multiplication and an addition are two. Matrix products only: norms, rotations and the softmax are left out.
-        Training takes three times as many (each product has two in its backward).
+        A multiply-add counts as two. Only matrix products count, not norms, rotations or softmax. Training takes three
+        times as many (each product has two in its backward).
 
         Args:
             seq_len: ``S``; a token attends to ``(S + 1) / 2`` tokens on average.

@@ -1,4 +1,4 @@
-"""Heads on causal language models of Hugging Face's transformers: the documented import path."""
+"""Public import path of :mod:`mtp_ext.nn.interop.huggingface`: heads on transformers' causal language models."""
 
 from mtp_ext.nn.interop.huggingface import from_huggingface, load_huggingface, save_huggingface
 

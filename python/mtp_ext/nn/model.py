@@ -24,11 +24,11 @@ from mtp_ext.nn.transformer.trunk import Trunk
 
 
 class MTPHeads(Heads):
-    """The heads that a configuration describes.
+    """The heads described by a configuration.
 
     Args:
-        config: The model's.
-        unembed: The unembedding, ``[V, D]`` or ``[n, V, D]``; the model owns it, the heads borrow it.
+        config: The model's configuration.
+        unembed: The unembedding, ``[V, D]`` or ``[n, V, D]``; owned by the model.
         embed: The embedding, likewise.
     """
 
@@ -56,12 +56,12 @@ class MTPHeads(Heads):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether some head reads the tokens ahead."""
+        """True if any head reads the tokens ahead."""
         return any(self.head(k).reads_embedding for k in range(1, self.n_heads + 1))
 
 
 def _make_head(config: MTPConfig, k: int, *, own_norm: bool) -> Head:
-    """Head ``k``. Its layer's number in the key-value cache goes on from the trunk's."""
+    """Makes head ``k``. Its layer index in the key-value cache continues after the trunk's."""
     layer, block = config.traits.layer, None
     if layer.module is not None and k >= layer.first_head:
         block = pkgutil.resolve_name(layer.module)(config, config.n_trunk_layers + k - 1, k)
@@ -71,13 +71,13 @@ def _make_head(config: MTPConfig, k: int, *, own_norm: bool) -> Head:
 class MTPModel(MultiTokenModel):
     """A language model that predicts the next ``n_future`` tokens from each position (Gloeckle et al. 2024).
 
-    ``P(x_{t+k} | x_{1..t}) = softmax(unembed @ head_k(trunk(x)_t))``, with ``head_k`` as ``config.variant`` has it.
+    ``P(x_{t+k} | x_{1..t}) = softmax(unembed @ head_k(trunk(x)_t))``, with ``head_k`` defined by ``config.variant``.
     Parameters are named ``embed.weight``, ``trunk.layers.*``, ``heads.0.*`` (head 1) to ``heads.{n-1}.*``,
     ``heads.norm.weight`` if the final norm is shared, and ``unembed.weight``: ``[V, D]`` (with ``tie_embeddings``, the
-    same parameter as ``embed.weight``), or of replicated unembeddings ``[n, V, D]`` (``[n - 1, V, D]``, heads 2 to n).
+    same parameter as ``embed.weight``), or ``[n, V, D]`` if replicated (tied: ``[n - 1, V, D]``, heads 2 to n).
 
     Args:
-        config: Sizes and choices.
+        config: The model's configuration.
     """
 
     embed: nn.Embedding
@@ -98,16 +98,16 @@ class MTPModel(MultiTokenModel):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the initial parameters (again) from torch's global generator.
+        """Initialises the parameters from torch's global generator.
 
         Norms are 1. A matrix has standard deviation ``1 / sqrt(fan_in)``; those that write to the residual stream are
         scaled by ``1 / sqrt(2 * layers on the path)``, so that the stream's variance grows by at most 1 over the depth.
-        The embedding has 1 and the unembedding 0.02 (the first loss is ``ln V`` but for a few hundredths of a nat).
-        :class:`MTPConfig` has a field for each.
+        The embedding has standard deviation 1, the unembedding 0.02 (the first loss is within a few hundredths of a nat
+        of ``ln V``). :class:`MTPConfig` has a field for each.
         """
         config = self.config
         if config.tie_embeddings and isinstance(self.unembed, nn.Linear):
-            self.unembed.weight = self.embed.weight  # also after to_empty, which takes tied parameters apart
+            self.unembed.weight = self.embed.weight  # again after to_empty, which unties parameters
         residual = config.residual_init_scale
         if residual is None:
             residual = 1 / math.sqrt(2 * max(1, config.path_layers))
@@ -150,10 +150,10 @@ class MTPModel(MultiTokenModel):
 
         Args:
             tokens: ``[B, S]``, the next tokens of each row, padded on the right.
-            cache: The tokens before; advanced by ``counts``.
-            counts: How many of the ``S`` tokens of each row are real, at least 1.
+            cache: The previous tokens; advanced by ``counts``.
+            counts: The number of real tokens among the ``S`` of each row, at least 1.
         Returns:
-            ``[B, D]``, what :meth:`Heads.logits` and :meth:`Heads.best_classes` take.
+            ``[B, D]``, the input of :meth:`Heads.logits` and :meth:`Heads.best_classes`.
         """
         context = self.trunk.context(tokens, cache=cache)
         normed = head_outputs(self.heads, self.trunk(tokens, context=context), context, active=(1,))[1]

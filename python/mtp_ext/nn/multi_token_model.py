@@ -1,4 +1,4 @@
-"""Any trunk under any heads: the forward, the loss and its schedules."""
+"""The base of all models: a trunk with heads, their forward, loss and schedules."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ class MultiTokenModel(nn.Module):
         trunk: ``tokens [B, S] -> hidden [B, S, D]``.
         heads: The heads.
         unembed: The module that owns the unembedding.
-        embed: That of the embedding, where the trunk does not.
+        embed: The module that owns the embedding, if the trunk does not.
     """
 
     def __init__(self, trunk: nn.Module, heads: Heads, unembed: nn.Module, embed: nn.Module | None = None) -> None:
         super().__init__()
-        # The order of the parameters, which an optimiser's state counts by.
+        # Optimizer states index parameters in this order.
         if embed is not None:
             self.embed = embed
         self.unembed, self.trunk, self.heads = unembed, trunk, heads
 
     def prepare(self, tokens: Tensor, document_ids: Tensor | None) -> Any:
-        """Checks the inputs of a forward; returns the context that trunk and heads share."""
+        """Checks the inputs of a forward and returns the context shared by trunk and heads."""
         raise NotImplementedError
 
     def with_tokens_ahead(self, context: Any, tokens: Tensor, labels: Tensor | None) -> Any:
-        """The context for heads that read tokens beyond their position; only some heads do."""
+        """Adds the tokens ahead to the context, for heads that read them."""
         return context
 
     def run_trunk(self, tokens: Tensor, document_ids: Tensor | None, context: Any) -> Tensor:
-        """The trunk's output ``[B, S, D]``."""
+        """Returns the trunk's output ``[B, S, D]``."""
         raise NotImplementedError
 
     def forward(
@@ -56,20 +56,20 @@ class MultiTokenModel(nn.Module):
         schedule: str = "sequential",
         **keywords: Unpack[StepKeywords],
     ) -> MultiTokenLoss | Tensor:
-        """The loss of all heads, or the next token's logits.
+        """Computes the loss of all heads or, without labels, the next token's logits.
 
         Args:
             tokens: ``[B, S]`` int64 or int32.
             labels: ``[B, S']``, ``S' >= S``, UNSHIFTED ids: head ``k`` at position ``s`` predicts ``labels[:, s + k]``;
                 ``S' = S + n`` loses no target.
             document_ids: ``[B, S']``: attention and targets stay within tokens of one id.
-            head_weights: ``n`` numbers; default 1, the paper's plain sum. A head of weight 0 does not run, unless
-                another reads it; its loss and top-1 are given as 0.
-            schedule: ``"sequential"`` (least memory: ``loss.backward()`` then runs the trunk alone), ``"joint"``
-                (fastest for small batches) or ``"autograd"`` (plain torch with full logits). One loss, one gradient.
-            options: :class:`mtp_ext.RowOptions`: label smoothing, z-loss, logit scale, class weights. They are the
-                loss's: :meth:`all_logits` knows the model's own soft cap alone.
-            detach_heads: 1-based heads that learn but send no gradient to what they read (the trunk, or the head before
+            head_weights: ``n`` numbers; default 1, the paper's plain sum. A head of weight 0 does not run unless
+                another reads it; its loss and top-1 are reported as 0.
+            schedule: ``"sequential"`` (least memory: ``loss.backward()`` runs only the trunk), ``"joint"`` (fastest for
+                small batches) or ``"autograd"`` (plain torch with full logits). Loss and gradients are the same.
+            options: :class:`mtp_ext.RowOptions`: label smoothing, z-loss, logit scale, class weights. They apply to
+                the loss only: :meth:`all_logits` uses just the model's own soft cap.
+            detach_heads: 1-based heads that learn but send no gradient to their input (the trunk, or the previous head
                 in a chained variant).
             token_weights, normalizer, ignore_index, detach_weight, chunk_rows, workspace_bytes, max_valid: See
                 :func:`mtp_ext.multi_token_cross_entropy`.
@@ -77,7 +77,7 @@ class MultiTokenModel(nn.Module):
             With ``labels``, :class:`MultiTokenLoss`; only its ``loss`` is differentiable, once. Without, head 1's
             logits ``[B, S, V]``.
         Raises:
-            TypeError, ValueError: A wrong argument; raised before any work, but for labels that are no class.
+            TypeError, ValueError: A wrong argument; raised before any work, except for labels outside ``[0, V)``.
         """
         check_schedule(schedule)
         context = self.prepare(tokens, document_ids)
@@ -93,7 +93,7 @@ class MultiTokenModel(nn.Module):
         return self.heads.loss(self.run_trunk(tokens, document_ids, context), targets, context, schedule)
 
     def all_logits(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Logits of all heads, ``[n, B, S, V]``; ``[k - 1, :, s]`` predicts token ``s + k``. To inspect and to test.
+        """Returns all heads' logits ``[n, B, S, V]``, for inspection; ``[k - 1, :, s]`` predicts token ``s + k``.
 
         Heads that read tokens ahead (``sequential_modules``) read token 0 past the end of ``tokens``.
         """

@@ -1,7 +1,7 @@
 """The table of architectures: the layers of the heads, and which head reads which.
 
-The five of Gloeckle et al. 2024 (appendix B), and two more that users of multi-token prediction know. A new kind of
-head is a :class:`HeadLayer`, a row of :data:`VARIANTS` and a module.
+It has the five of Gloeckle et al. 2024 (appendix B) and two more in common use. A new kind of head takes a
+:class:`HeadLayer`, a row of :data:`VARIANTS` and a module.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ Chains = tuple[tuple[int, ...], ...]
 
 
 class HeadLayer(NamedTuple):
-    """What a head has between its input and its final norm.
+    """The layer between a head's input and its final norm.
 
     Attributes:
-        module: ``"package.module:name"`` of what makes it from ``(config, layer, k)``: the model's configuration, the
-            layer's number in the key-value cache, and the head ``1..n``. None for heads without a layer.
-        blocks: How many transformer layers it contains.
-        matrices: How many ``[D, D]`` matrices it has beside them.
-        vectors: How many ``[D]`` vectors.
-        first_head: The first head that has one.
+        module: ``"package.module:name"`` of its factory, called with ``(config, layer, k)``: the model's configuration,
+            the layer's index in the key-value cache, and the head ``1..n``. None for heads without a layer.
+        blocks: Number of transformer layers in it.
+        matrices: Number of ``[D, D]`` matrices besides those.
+        vectors: Number of ``[D]`` vectors besides those.
+        first_head: The first head with such a layer.
     """
 
     module: str | None
@@ -30,7 +30,7 @@ class HeadLayer(NamedTuple):
     first_head: int = 1
 
     def count(self, n_future: int) -> int:
-        """How many of ``n_future`` heads have one."""
+        """Returns how many of ``n_future`` heads have the layer."""
         return 0 if self.module is None else n_future - self.first_head + 1
 
 
@@ -50,8 +50,8 @@ class Variant(NamedTuple):
         layer: The layer of each head.
         order: Which head reads which: "independent" heads all read the trunk; "outward", head ``k`` reads head
             ``k - 1`` and head 1 the trunk; "inward", head ``k`` reads head ``k + 1`` and head ``n`` the trunk.
-        own_unembedding: Whether each head has an unembedding of its own.
-        one_norm: Whether there is one final norm whatever the configuration says.
+        own_unembedding: Whether each head has its own unembedding.
+        one_norm: Whether all heads share one final norm, regardless of the configuration.
     """
 
     layer: HeadLayer
@@ -60,7 +60,7 @@ class Variant(NamedTuple):
     one_norm: bool = False
 
     def n_layers(self, n_future: int) -> int:
-        """Transformer layers of ``n_future`` heads together."""
+        """Returns the total number of transformer layers of ``n_future`` heads."""
         return self.layer.blocks * self.layer.count(n_future)
 
 
@@ -71,13 +71,13 @@ VARIANTS: dict[str, Variant] = {
     "causal": Variant(TRANSFORMER, "outward"),
     "anticausal": Variant(TRANSFORMER, "inward"),
     "sequential_modules": Variant(DEEPSEEK_MODULE, "outward"),
-    # n targets on one row of logits: the heads have nothing of their own.
+    # n targets on one row of logits: the heads have no parameters of their own.
     "shared": Variant(NO_LAYER, "independent", one_norm=True),
 }
 
 
 def chains_of(variant: str, n_heads: int) -> Chains:
-    """The order in which heads run: each chain starts at the trunk, and its heads read one another in turn.
+    """Returns the order in which heads run: each chain starts at the trunk, and each head reads the previous one.
 
     Args:
         variant: One of :data:`VARIANTS`.
@@ -93,6 +93,6 @@ def chains_of(variant: str, n_heads: int) -> Chains:
 
 
 def check_variant(variant: object) -> None:
-    """Raises ValueError for a name that is no architecture."""
+    """Raises ValueError for an unknown architecture."""
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")

@@ -12,15 +12,15 @@ from mtp_ext.nn.transformer.layers import Block, RMSNorm
 
 
 class SequentialModule(nn.Module):
-    """``layer(joint @ [norm(state of the head before); norm(embedding of the token before the target)])``.
+    """``layer(joint @ [norm(state of the previous head); norm(embedding of the token before the target)])``.
 
     Head ``k`` at position ``s`` predicts token ``s + k`` from the state of head ``k - 1`` and the embedding of token
-    ``s + k - 1``: it keeps the causal chain at each depth. Head 1 is the trunk's own and has no such module. The
-    embedding and the unembedding are those of the model.
+    ``s + k - 1``, which keeps the causal chain at each depth. Head 1 reads the trunk and has no such module. The
+    embedding and the unembedding are the model's.
 
     Args:
-        config: The model's.
-        layer: The layer's number in the key-value cache.
+        config: The model's configuration.
+        layer: The layer's index in the key-value cache.
         k: The head, at least 2.
     """
 
@@ -35,7 +35,7 @@ class SequentialModule(nn.Module):
         self.block = Block(config, layer)
 
     def forward(self, x: Tensor, context: AttentionContext, embedding: Tensor) -> Tensor:
-        """``[B, S, D] -> [B, S, D]``; ``context.tokens [B, >= S + k - 1]``, ``embedding [V, D]``."""
+        """Maps ``[B, S, D] -> [B, S, D]``; ``context.tokens [B, >= S + k - 1]``, ``embedding [V, D]``."""
         assert context.tokens is not None, "the model gives the tokens ahead to heads that read them"
         tokens = context.tokens[:, self.ahead : self.ahead + x.shape[1]]
         read = F.embedding(tokens, embedding)
@@ -45,10 +45,10 @@ class SequentialModule(nn.Module):
 
 
 def tokens_ahead(tokens: Tensor, labels: Tensor | None, n_future: int) -> Tensor:
-    """The row's tokens and the ``n - 1`` after it, ``[B, S + n - 1]``.
+    """Returns each row's tokens and the ``n - 1`` after it, ``[B, S + n - 1]``.
 
-    What ``labels [B, S']`` do not tell, because they end or hold no token there (a negative id), is token 0: targets
-    beyond it lie past the end too, or are preceded by padding.
+    Tokens that ``labels [B, S']`` do not hold, past their end or at negative ids, become token 0: targets beyond them
+    are past the end too, or preceded by padding.
     """
     seq_len = tokens.shape[1]
     after = tokens[:, :0] if labels is None else labels[:, seq_len : seq_len + n_future - 1].clamp(min=0)

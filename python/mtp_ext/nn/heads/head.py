@@ -19,9 +19,9 @@ class Head(nn.Module):
     Args:
         block: ``[B, S, D] -> [B, S, D]``. Its forward takes the hidden states and, if it has a second positional
             parameter, the context of the trunk's forward; with ``reads_embedding = True``, also the embedding's weight.
-            None passes the input on.
-        norm: The final norm; None where the heads share one.
-        norm_eps: Of the shared norm.
+            None is the identity.
+        norm: The final norm; None if the heads share one.
+        norm_eps: Epsilon of the shared norm.
     """
 
     def __init__(self, block: nn.Module | None, norm: nn.Module | None, norm_eps: float = 1e-5) -> None:
@@ -34,11 +34,11 @@ class Head(nn.Module):
     def forward(
         self, x: Tensor, context: Any, shared_norm: Tensor | None = None, embedding: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The layer's output and, normed, what the unembedding takes.
+        """Returns the layer's output and the normed input of the unembedding.
 
         Args:
-            x: ``[B, S, D]``, the trunk's hidden states, or the output of the head before in a chained variant.
-            context: That of the trunk's forward.
+            x: ``[B, S, D]``, the trunk's hidden states, or the output of the previous head in a chained variant.
+            context: The context of the trunk's forward.
             shared_norm: ``[D]``, the weight of the shared final norm.
             embedding: ``[V, D]``, for a block that reads it.
         Returns:
@@ -53,9 +53,9 @@ class Head(nn.Module):
         return state, state if shared_norm is None else rms_norm(state, shared_norm, self.norm_eps)
 
     def norm_alone(self) -> RMSNorm | None:
-        """The norm of a head that has nothing else; None also where a hook or another class asks for its own calls.
+        """Returns the norm of a head without a layer; None if hooks or subclasses require calling the modules.
 
-        Parametrized and sharded modules are of another class.
+        Parametrized and sharded modules are subclasses.
         """
         norm = self.norm
         if type(self) is not Head or self.block is not None or type(norm) is not RMSNorm:
@@ -67,15 +67,15 @@ HeadModules = Sequence[nn.Module] | Callable[[int], nn.Module]
 
 
 def make_heads(modules: HeadModules, n_future: int | None, width: int, norm_eps: float = 1e-5) -> list[Head]:
-    """Heads of a user's own modules, each with a final RMSNorm of its own; a :class:`Head` is taken as it is.
+    """Wraps a user's modules as heads, each with its own final RMSNorm; a :class:`Head` is used as is.
 
     Args:
-        modules: One module a head, or a function that makes that of head ``k``, ``1..n``.
-        n_future: ``n``; needed with a function.
+        modules: One module per head, or a function that makes the module of head ``k``, ``1..n``.
+        n_future: ``n``; required with a function.
         width: ``D``.
-        norm_eps: Of the norms that are made.
+        norm_eps: Epsilon of the norms.
     Raises:
-        TypeError, ValueError: No such modules, a wrong number of them, or one object for several heads.
+        TypeError, ValueError: Not modules, a wrong number of them, or one object for several heads.
     """
     if isinstance(modules, Sequence):
         made = list(modules)
@@ -96,13 +96,13 @@ def make_heads(modules: HeadModules, n_future: int | None, width: int, norm_eps:
 
 
 def _takes_two(module: nn.Module) -> bool:
-    """Whether a module's forward takes a second positional argument: one that it needs, or one named context."""
+    """Returns True if a module's forward takes a second positional argument, required or named ``context``."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
     return len(positional) >= 2 and (positional[1].default is positional[1].empty or positional[1].name == "context")
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether calls of a module run hooks, or a forward that was put in the place of its class's."""
+    """Returns True if a module has hooks, a compiled call, or a forward that replaces its class's."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__ or module._compiled_call_impl is not None

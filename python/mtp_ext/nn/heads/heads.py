@@ -1,4 +1,4 @@
-"""The prediction heads: head ``k`` in ``1..n`` turns the trunk's output into the prediction of token ``t + k``."""
+"""The prediction heads: head ``k`` in ``1..n`` predicts token ``t + k`` from the trunk's output."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 class Heads(nn.Module):
     """``n`` heads and the order in which they run. Parameters: ``0.*`` (head 1) to ``{n-1}.*``, and ``norm`` if shared.
 
-    ``chains`` is that order: the first head of a chain reads the trunk, each other one the layer output of the head
-    before it. In the parallel variant every head is a chain of its own. ``recompute = True`` makes chained heads keep
-    their inputs alone between forward and backward, and run again: ``B S D`` a head instead of a layer's activations.
+    ``chains`` is that order: the first head of a chain reads the trunk, each later one the layer output of the previous
+    head. In the parallel variant every head is its own chain. With ``recompute = True`` chained heads keep only their
+    inputs between forward and backward, and run again: ``B S D`` per head instead of a layer's activations.
 
     Args:
         heads: The heads, 1 to ``n``.
-        unembed: A module with the unembedding ``weight``, ``[V, D]`` or ``[n, V, D]``; another module owns it.
-        variant: Whose order the heads run in.
+        unembed: A module with the unembedding ``weight``, ``[V, D]`` or ``[n, V, D]``; owned by another module.
+        variant: Determines the order of the heads.
         width: ``D``.
-        norm: The final norm that the heads share.
-        softcap: Of the logits.
-        embed: The embedding, for heads that read it and for a replicated unembedding that is tied to it.
-        tied: Whether a replicated unembedding lacks head 1's matrix, because it is the embedding.
+        norm: The shared final norm.
+        softcap: Soft cap of the logits.
+        embed: The embedding, for heads that read it and for a replicated unembedding tied to it.
+        tied: Whether a replicated unembedding lacks head 1's matrix, which is then the embedding.
     Raises:
         ValueError: No heads, or an unknown variant.
     """
@@ -75,7 +75,7 @@ class Heads(nn.Module):
         self.norm = norm
 
     def head(self, k: int) -> Head:
-        """Head ``k``, 1-based."""
+        """Returns head ``k``, 1-based."""
         head = self.get_submodule(str(k - 1))
         assert isinstance(head, Head)
         return head
@@ -89,7 +89,7 @@ class Heads(nn.Module):
 
     @property
     def unembedding(self) -> Tensor:
-        """``[V, D]``, shared by all heads, or ``[n, V, D]``."""
+        """The unembedding, ``[V, D]`` shared by all heads, or ``[n, V, D]``."""
         unembed, embed = self._borrowed
         if isinstance(unembed, ReplicatedUnembedding):
             return unembed.all_with(embed.weight if self._tied and embed is not None else None)
@@ -98,7 +98,7 @@ class Heads(nn.Module):
         return weight
 
     def logits(self, k: int, normed: Tensor) -> Tensor:
-        """Head ``k``'s logits ``[..., V]`` of its normed output ``[..., D]``."""
+        """Returns head ``k``'s logits ``[..., V]`` from its normed output ``[..., D]``."""
         with gathered(self._read_alone()) as sharded:
             weight = _checked_whole(self.unembedding)
             logits = F.linear(normed, weight if weight.dim() == 2 else weight[k - 1])
@@ -106,20 +106,21 @@ class Heads(nn.Module):
         return self._capped(logits)
 
     def best_classes(self, k: int, normed: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Head ``k``'s ``count`` largest logits of its normed output ``[R, D]``, and their classes: two ``[R, count]``.
+        """Returns head ``k``'s ``count`` largest logits from its normed output ``[R, D]``, and their ids.
 
-        Largest first, ties go to the lowest id; see :func:`mtp_ext.ops.top_classes.largest_logits`. Without gradients.
+        Two ``[R, count]``, in descending order; ties go to the lowest id. No gradients. See
+        :func:`mtp_ext.ops.top_classes.largest_logits`.
         """
         with torch.no_grad(), gathered(self._read_alone()):
             weight = _checked_whole(self.unembedding)
             logits, classes = largest_logits(normed, weight if weight.dim() == 2 else weight[k - 1], count)
-        return self._capped(logits), classes  # the cap grows with the logit: it changes no order
+        return self._capped(logits), classes  # the cap is monotonic and keeps the order
 
     def _capped(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def run(self, k: int, x: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """Head ``k``'s layer output and its normed output, two ``[B, S, D]``; recorded by autograd as any module."""
+        """Runs head ``k`` under autograd; returns its layer output and its normed output, two ``[B, S, D]``."""
         with gathered(self._read_alone()) as sharded:
             state, normed = self.head(k)(x, context, **self._common(k))
         for output in (state, normed):
@@ -127,14 +128,14 @@ class Heads(nn.Module):
         return state, normed
 
     def modules_of(self, k: int) -> list[nn.Module]:
-        """Head ``k`` and the modules in it."""
+        """Returns head ``k`` and its submodules."""
         return list(self.head(k).modules())
 
     def norm_together(self, wanted: Collection[int], x: Tensor) -> dict[int, Tensor] | None:
-        """The normed outputs ``[B, S, D]`` of heads that are a norm of ``x`` and nothing else, from one read of it.
+        """Returns the normed outputs ``[B, S, D]`` of heads that consist of a norm only, reading ``x`` once.
 
-        None where the heads have to run one by one: they are more than a norm, somebody watches or has changed one of
-        them, or ``x`` is not for the kernel, and reading it once gains nothing.
+        None if the heads must run one by one: they have layers, hooks or subclasses, or the kernel does not support
+        ``x``.
         """
         found = [self.head(k).norm_alone() for k in sorted(wanted)]
         norms = [norm for norm in found if norm is not None]
@@ -147,11 +148,11 @@ class Heads(nn.Module):
         return dict(zip(sorted(wanted), outputs.unbind(0), strict=True))
 
     def parameters_of(self, k: int) -> list[Tensor]:
-        """What head ``k`` reads beside its input, in a fixed order; heads may have parameters in common."""
+        """Returns the parameters that head ``k`` reads, in a fixed order; heads may share some."""
         return [*self.head(k).parameters(), *self._common(k).values()]
 
     def run_with(self, k: int, parameters: Sequence[Tensor], x: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-        """:meth:`run` with stand-ins for :meth:`parameters_of`."""
+        """Calls :meth:`run` with replacements for :meth:`parameters_of`."""
         head = self.head(k)
         names = [name for name, _ in head.named_parameters()]
         own = dict(zip(names, parameters, strict=False))
@@ -160,7 +161,7 @@ class Heads(nn.Module):
         return state, normed
 
     def _common(self, k: int) -> dict[str, Tensor]:
-        """What head ``k`` reads that is not its own, as keywords of its forward."""
+        """Returns the shared parameters that head ``k`` reads, as keywords of its forward."""
         common: dict[str, Tensor] = {} if self.norm is None else {"shared_norm": self.norm.weight}
         embed = self._borrowed[1]
         if self.head(k).reads_embedding:
@@ -169,12 +170,12 @@ class Heads(nn.Module):
         return common
 
     def _read_alone(self) -> list[nn.Module]:
-        """Modules whose parameters are read here and whose forward, in which FSDP2 would gather them, is not called."""
+        """Modules whose parameters are read without calling their forward, where FSDP2 would gather them."""
         unembed, embed = self._borrowed
         return [m for m in (self, self.norm, unembed, embed if self._reads_embed else None) if m is not None]
 
     def context(self, hidden: Tensor, tokens: Tensor | None, document_ids: Tensor | None) -> Any:
-        """What the heads are told beside the hidden states where the trunk has not run: the document ids ``[B, S]``."""
+        """Returns the heads' context if the trunk has not run: by default the document ids ``[B, S]``."""
         return document_ids
 
     def forward(
@@ -186,7 +187,7 @@ class Heads(nn.Module):
         schedule: str = "sequential",
         **keywords: Unpack[StepKeywords],
     ) -> MultiTokenLoss:
-        """The loss of all heads on the trunk's output; see :meth:`mtp_ext.nn.MTPModel.forward`.
+        """Computes the loss of all heads from the trunk's output; see :meth:`mtp_ext.nn.MTPModel.forward`.
 
         Args:
             hidden: ``[B, S, D]``, from the trunk.
@@ -202,17 +203,17 @@ class Heads(nn.Module):
         return self.loss(hidden, targets, self.context(hidden, labels, seen), schedule)
 
     def loss(self, hidden: Tensor, targets: Targets, context: Any, schedule: str) -> MultiTokenLoss:
-        """:meth:`forward` with checked targets and the context of the trunk's forward."""
+        """Runs :meth:`forward` on checked targets and the context of the trunk's forward."""
         with gathered(self._read_alone()) as sharded:
             weight = _checked_whole(self.unembedding)
             result = multi_token_loss(self, hidden, weight, context, targets, schedule)
-        # The sequential schedule has read them for the last time.
+        # The sequential schedule does not read the parameters in backward.
         reduce_in_backward(result.loss, sharded, gather=schedule != "sequential")
         return result
 
 
 def _checked_whole(weight: Tensor) -> Tensor:
-    """Raises TypeError for an unembedding that is not in this process as a whole."""
+    """Returns ``weight``; raises TypeError if it is a DTensor."""
     if is_dtensor(weight):
         raise TypeError(
             "unembed.weight must be a local tensor [V, D] or [n, V, D], got a DTensor. Under FSDP2, call the module "

@@ -1,4 +1,4 @@
-"""The layers of heads that other modules of the package already are."""
+"""Factories of head layers that reuse existing modules."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mtp_ext.nn.transformer.layers import Block
 
 
 def transformer_layer(config: MTPConfig, layer: int, k: int) -> nn.Module:
-    """A layer as the trunk's."""
+    """Makes a transformer layer like the trunk's."""
     return Block(config, layer)
 
 
 def linear_layer(config: MTPConfig, layer: int, k: int) -> nn.Module:
-    """One matrix ``[D, D]``."""
+    """Makes one matrix ``[D, D]``."""
     return nn.Linear(config.d_model, config.d_model, bias=False)

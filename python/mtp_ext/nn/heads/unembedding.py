@@ -1,4 +1,4 @@
-"""The unembeddings of heads that do not share one."""
+"""Unembeddings of heads that do not share one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ReplicatedUnembedding(nn.Module):
     """``n`` matrices in one parameter, ``[n, V, D]`` (Gloeckle et al. 2024, appendix B: (d, nV) weights).
 
     Args:
-        n_matrices: ``n``; one less where head 1's is the embedding.
+        n_matrices: ``n``, or ``n - 1`` if head 1's is tied to the embedding.
         vocab_size: ``V``.
         width: ``D``.
     """
@@ -20,9 +20,8 @@ class ReplicatedUnembedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_matrices, vocab_size, width))
 
     def extra_repr(self) -> str:
-        """The shape, for ``print(model)``."""
         return "n={}, V={}, D={}".format(*self.weight.shape)
 
     def all_with(self, first: Tensor | None) -> Tensor:
-        """``[n, V, D]`` of all heads; ``first [V, D]`` is head 1's where that is tied (a copy is made, then)."""
+        """Returns ``[n, V, D]`` of all heads; a tied ``first [V, D]`` is prepended, which copies."""
         return self.weight if first is None else torch.cat([first[None], self.weight])

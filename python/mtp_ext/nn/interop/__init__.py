@@ -1,1 +1,1 @@
-"""Heads for models that exist, and other layouts of checkpoints."""
+"""Heads on existing models, and other checkpoint layouts."""

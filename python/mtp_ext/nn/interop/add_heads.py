@@ -1,4 +1,4 @@
-"""From an ordinary language model to one with several heads, without losing what it has learned."""
+"""Adds heads to a trained one-head language model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ State = dict[str, Tensor]
 
 
 def add_heads(model: MTPModel, n_future: int, variant: str = "parallel", init: str = "copy_last_layer") -> MTPModel:
-    """A model with ``n_future`` heads whose head 1 is the given model.
+    """Returns a model with ``n_future`` heads whose head 1 is the given model.
 
-    Its trunk is the model's layers up to the last, which becomes head 1; architectures whose heads are no transformer
-    layers keep it in the trunk. Embedding, unembedding, layers and norms are copies. Head 1's logits are those of
-    ``model``, except in the anticausal variant, where head 1 reads the new heads.
+    The model's last layer becomes head 1 and the others the trunk; if heads have no transformer layers, the last one
+    stays in the trunk. Embedding, unembedding, layers and norms are copies. Head 1's logits are those of ``model``,
+    except in the anticausal variant, where head 1 reads the new heads.
 
     Args:
-        model: A model with one head; left as it is.
+        model: A model with one head; not modified.
         n_future: ``n``, at least 2.
-        variant: Architecture of the result. The new heads' transformer layers come on top of the model's.
-        init: What the new heads start as. "copy_last_layer": head 1, that is its layer, its norm and its unembedding
-            where heads have their own, and the identity for linear heads. "random": the initial weights of a new model,
-            drawn from torch's global generator.
+        variant: Architecture of the result. The new heads' transformer layers are added to the model's.
+        init: Initial weights of the new heads. "copy_last_layer": copies of head 1's layer, norm and (if each head has
+            one) unembedding; the identity for linear heads. "random": those of a new model, from torch's global
+            generator.
     Returns:
         A new model with the dtype, device and mode of ``model``.
     Raises:
@@ -55,7 +55,7 @@ def add_heads(model: MTPModel, n_future: int, variant: str = "parallel", init: s
 
 
 def _grown(own: State, config: MTPConfig, target: MTPConfig, fresh: State, *, copies: bool) -> State:
-    """The state of ``target``: what the model has, and of the new heads copies or ``fresh`` values."""
+    """Returns the state of ``target``: the model's weights, and copies or ``fresh`` values for the new heads."""
     state = dict(fresh)
     state["embed.weight"] = own["embed.weight"]
     layers = _layers(own, config)
@@ -73,7 +73,7 @@ def _grown(own: State, config: MTPConfig, target: MTPConfig, fresh: State, *, co
 
 
 def _layers(own: State, config: MTPConfig) -> list[State]:
-    """The transformer layers of a model with one head, in order."""
+    """Returns the transformer layers of a model with one head, in order."""
     prefixes = [f"trunk.layers.{i}." for i in range(config.n_trunk_layers)]
     if config.traits.layer == TRANSFORMER:
         prefixes.append("heads.0.block.")
@@ -81,13 +81,13 @@ def _layers(own: State, config: MTPConfig) -> list[State]:
 
 
 def _head_like_the_first(k: int, target: MTPConfig, last: State) -> State:
-    """The layer of head ``k + 1`` where it starts as head 1: the model's last layer, or what passes its input on."""
+    """Returns the layer of head ``k + 1`` that starts as head 1: the model's last layer, or the identity."""
     prefix, layer, width = f"heads.{k}.block.", target.traits.layer, target.d_model
     if layer == TRANSFORMER:
         return _named(prefix, last)
     if layer == LINEAR:
         return {f"{prefix}weight": torch.eye(width)}
-    if layer == DEEPSEEK_MODULE:  # head 1 has no module; the others start as their layer, of the state alone
+    if layer == DEEPSEEK_MODULE:  # head 1 has no module; the others start by ignoring the embedding
         joint = torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1)
         return {f"{prefix}joint.weight": joint, **_named(f"{prefix}block.", last)} if k else {}
     if layer != NO_LAYER:
@@ -100,9 +100,9 @@ def _named(prefix: str, tensors: Mapping[str, Tensor]) -> State:
 
 
 def _unembedding(own: State, config: MTPConfig, target: MTPConfig, fresh: Tensor, *, copies: bool) -> Tensor:
-    """``[V, D]``; or head 1's and those of the new heads, without head 1's where it is the embedding."""
+    """Returns ``[V, D]``, or all heads' unembeddings, without head 1's if it is tied to the embedding."""
     first = own["embed.weight"] if config.tie_embeddings else own["unembed.weight"]
-    first = first.view(fresh.shape[-2:])  # of one replicated unembedding, the only one
+    first = first.view(fresh.shape[-2:])  # a replicated unembedding is [1, V, D]
     if not target.replicates:
         return first
     rest = first.expand(target.n_future - 1, -1, -1) if copies else fresh[-(target.n_future - 1) :].to(first.dtype)

@@ -1,4 +1,4 @@
-"""From one model to another that computes the same: between equivalent architectures, and from fewer heads to more."""
+"""Converts a model between equivalent architectures."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ _BY_LAYERS = ("parallel", "causal", "anticausal")
 
 
 def convert(model: MTPModel, *, variant: str | None = None, replicate_unembedding: bool | None = None) -> MTPModel:
-    """The same function as a model of another, equivalent architecture; the weights are copies.
+    """Returns a model of an equivalent architecture that computes the same function, with copies of the weights.
 
-    - A shared unembedding becomes ``n`` equal ones (``replicate_unembedding=True``), and back where they are equal.
-    - "shared" becomes "replicated" with equal copies of unembedding and norm, and back where they are equal.
-    - With one head, "parallel", "causal" and "anticausal" are one architecture, and so are "replicated", "shared" and
-      "sequential_modules".
+    - A shared unembedding becomes ``n`` equal ones (``replicate_unembedding=True``), and back if they are equal.
+    - "shared" becomes "replicated" with equal copies of unembedding and norm, and back if they are equal.
+    - With one head, "parallel", "causal" and "anticausal" are the same architecture, and so are "replicated", "shared"
+      and "sequential_modules".
 
     Args:
-        model: The model; left as it is.
+        model: The model; not modified.
         variant: The architecture to convert to; default the model's own.
-        replicate_unembedding: Whether each head gets an unembedding of its own; default as it is, as far as the variant
+        replicate_unembedding: Whether each head gets its own unembedding; default as in the model, if the variant
             leaves a choice.
     Returns:
         A new model with the dtype, device and mode of ``model``.
     Raises:
-        ValueError: The architectures differ, or weights that would have to be equal are not.
+        ValueError: The architectures are not equivalent, or weights that must be equal are not.
     """
     config = model.config
     variant = config.variant if variant is None else variant
     if replicate_unembedding is None:
         replicate_unembedding = config.replicate_unembedding
     target = dataclasses.replace(config, variant=variant, replicate_unembedding=replicate_unembedding)
-    if variant == "replicated":  # which always replicates: one form of the configuration
+    if variant == "replicated":  # always replicates: keep one form of the configuration
         target = dataclasses.replace(target, replicate_unembedding=False)
     _check_equivalent(config, target)
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -46,9 +46,9 @@ def convert(model: MTPModel, *, variant: str | None = None, replicate_unembeddin
 
 
 def build_like(model: MTPModel, config: MTPConfig, state: dict[str, Tensor]) -> MTPModel:
-    """A model of ``config`` with the weights ``state``, and the dtype, device and mode of ``model``."""
+    """Builds a model of ``config`` with weights ``state`` and the dtype, device and mode of ``model``."""
     weight = model.embed.weight
-    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: no draw of the caller's is used up
+    with torch.random.fork_rng(devices=[]):  # the initial weights are discarded: leave the caller's RNG alone
         built = MTPModel(config).to(weight.device, weight.dtype)
     built.load_state_dict(state)
     return built.train(model.training)
@@ -79,7 +79,7 @@ def _convert_norms(state: dict[str, Tensor], config: MTPConfig, target: MTPConfi
 
 
 def _convert_unembedding(state: dict[str, Tensor], config: MTPConfig, target: MTPConfig) -> None:
-    """``unembed.weight`` is ``[V, D]``, or ``[n, V, D]``, which lacks head 1's where that is the embedding."""
+    """Converts ``unembed.weight`` between ``[V, D]`` and ``[n, V, D]`` (without head 1's if tied)."""
     if config.replicates == target.replicates:
         return
     weight = state["unembed.weight"]

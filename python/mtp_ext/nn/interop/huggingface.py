@@ -1,10 +1,10 @@
-"""Causal language models of Hugging Face's transformers as a trunk, their unembedding shared by new heads.
+"""Hugging Face transformers' causal language models as a trunk, with their unembedding shared by new heads.
 
 Of a model of ``L`` layers, ``L - 1`` are the trunk; the last one, with the final norm, is head 1, so that head 1 stays
-the model's own. Heads 2 to ``n`` are further layers of the same class. The given model is not changed and keeps
-working; it shares its parameters with the trunk and head 1.
+the model's own. Heads 2 to ``n`` are new layers of the same class. The given model is not changed and keeps working; it
+shares its parameters with the trunk and head 1.
 
-Needs the extra: ``pip install 'mtp_ext[transformers]'``.
+Requires the extra: ``pip install 'mtp_ext[transformers]'``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HEADS_FILE, DESCRIPTION_FILE = "mtp_heads.safetensors", "mtp_heads.json"
 
 @dataclass(frozen=True)
 class Visibility:
-    """What the layers of one forward share: positions, and the mask of each kind of attention (None: causal)."""
+    """Shared by the layers of one forward: positions, and the mask of each kind of attention (None: causal)."""
 
     position_ids: Tensor  # [1, S]
     masks: dict[str, Tensor | None]
@@ -42,7 +42,7 @@ class HuggingFaceTrunk(nn.Module):
     """A transformers base model without its last layers and its final norm.
 
     Args:
-        model: The causal language model; the trunk's parameters are its own.
+        model: The causal language model; the trunk shares its parameters.
         n_layers: Layers of the trunk.
     """
 
@@ -50,18 +50,18 @@ class HuggingFaceTrunk(nn.Module):
         super().__init__()
         self._borrowed = (model,)  # in a tuple, so that its parameters are not registered twice
         base = copy.copy(model.model)
-        base._modules = dict(base._modules)  # the shallow copy's own: the given model keeps its last layer and its norm
+        base._modules = dict(base._modules)  # own dict, so that the given model keeps its last layer and norm
         base.layers = nn.ModuleList(list(base.layers)[:n_layers])
         base.norm = nn.Identity()
         self.base = base
 
     @property
     def language_model(self) -> Any:
-        """The model that was given."""
+        """The given model."""
         return self._borrowed[0]
 
     def context(self, tokens: Tensor, document_ids: Tensor | None) -> Visibility:
-        """Positions and masks.
+        """Builds positions and masks.
 
         Args:
             tokens: ``[B, S]``.
@@ -77,7 +77,7 @@ class HuggingFaceTrunk(nn.Module):
         return Visibility(position_ids, masks)
 
     def _mask(self, tokens: Tensor, document_ids: Tensor | None, window: int | None) -> Tensor | None:
-        """``[B or 1, 1, S, S]``: for eager attention what is added to the scores, else whether a key is seen."""
+        """Returns a mask ``[B or 1, 1, S, S]``: additive for eager attention, else boolean; None: causal."""
         seq_len, attention = tokens.shape[1], self.base.config._attn_implementation
         narrow = window is not None and window < seq_len
         if document_ids is None and not narrow and attention != "eager":
@@ -100,7 +100,7 @@ class HuggingFaceTrunk(nn.Module):
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
     def forward(self, tokens: Tensor, context: Visibility) -> Tensor:
-        """``[B, S] -> [B, S, D]``, before any norm."""
+        """Maps tokens ``[B, S] -> [B, S, D]``, without the final norm."""
         mask: Any = context.masks
         if getattr(self.base.config, "layer_types", None) is None:  # one kind of attention in all layers
             mask = mask[_kind(self.base.config, 0)]
@@ -114,8 +114,8 @@ class HuggingFaceLayer(nn.Module):
 
     Args:
         layer: The layer.
-        rotary: The model's rotary embedding; the layer borrows it.
-        kind: Of its attention, "full_attention" or "sliding_attention".
+        rotary: The model's rotary embedding; owned by the model.
+        kind: The kind of its attention, "full_attention" or "sliding_attention".
     """
 
     def __init__(self, layer: nn.Module, rotary: nn.Module, kind: str) -> None:
@@ -124,7 +124,7 @@ class HuggingFaceLayer(nn.Module):
         self._borrowed = (rotary,)
 
     def forward(self, x: Tensor, context: Visibility) -> Tensor:
-        """``[B, S, D] -> [B, S, D]``."""
+        """Maps ``[B, S, D] -> [B, S, D]``."""
         y: Tensor = self.layer(
             x,
             attention_mask=context.masks[self.kind],
@@ -137,23 +137,23 @@ class HuggingFaceLayer(nn.Module):
 def from_huggingface(
     model: Any, n_future: int, variant: str = "parallel", init: str = "copy_last_layer"
 ) -> ComposedModel:
-    """``n_future`` heads on a causal language model of transformers (Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2).
+    """Builds ``n_future`` heads on a transformers causal LM (Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2).
 
-    Head 1's logits are those of ``model``, its soft cap included, except in the anticausal variant, where head 1 reads
-    the new heads. To train the new heads alone, freeze the model: ``model.requires_grad_(False)``, before or after.
+    Head 1's logits are those of ``model``, including its soft cap, except in the anticausal variant, where head 1 reads
+    the new heads. To train only the new heads, freeze the model: ``model.requires_grad_(False)``, before or after.
 
     Args:
-        model: As from ``AutoModelForCausalLM.from_pretrained``; its parameters are shared, not copied.
+        model: From ``AutoModelForCausalLM.from_pretrained``; its parameters are shared, not copied.
         n_future: ``n``.
-        variant: "parallel", "causal" or "anticausal": new heads are layers of the model's class. "linear": matrices on
-            all of the model's layers. "shared": nothing is added.
+        variant: "parallel", "causal" or "anticausal": new heads are layers of the model's class. "linear": new heads
+            are matrices on top of all layers. "shared": adds no parameters.
         init: "copy_last_layer" (linear heads: the identity), or "random" from torch's global generator, with the
             standard deviation ``model.config.initializer_range``.
     Returns:
         A :class:`mtp_ext.nn.ComposedModel`; ``result.trunk.language_model`` is ``model``.
     Raises:
         ImportError: transformers is not installed.
-        TypeError, ValueError: A wrong argument, or a family that is not supported.
+        TypeError, ValueError: A wrong argument, or an unsupported family.
     """
     _check_model(model)
     if variant not in SUPPORTED:
@@ -170,7 +170,7 @@ def from_huggingface(
 
 
 def save_huggingface(model: ComposedModel, directory: Path | str) -> None:
-    """Writes the language model as transformers does (``from_pretrained`` reads it), and the new heads beside it."""
+    """Saves the language model with its ``save_pretrained``, and the new heads beside it."""
     directory = Path(directory)
     language_model = _trunk(model).language_model
     language_model.save_pretrained(directory)
@@ -182,14 +182,14 @@ def save_huggingface(model: ComposedModel, directory: Path | str) -> None:
 
 
 def load_huggingface(directory: Path | str, **keywords: Any) -> ComposedModel:
-    """What :func:`save_huggingface` wrote.
+    """Loads a model saved by :func:`save_huggingface`.
 
     Args:
         directory: The directory.
-        keywords: Of ``AutoModelForCausalLM.from_pretrained``, such as ``dtype`` and ``attn_implementation``.
+        keywords: For ``AutoModelForCausalLM.from_pretrained``, such as ``dtype`` and ``attn_implementation``.
     Raises:
         ImportError: transformers is not installed.
-        ValueError: A file is absent, or a head's weight is missing or unexpected.
+        ValueError: A file is missing, or a head's weight is missing or unexpected.
     """
     directory = Path(directory)
     try:
@@ -212,7 +212,7 @@ def load_huggingface(directory: Path | str, **keywords: Any) -> ComposedModel:
 
 
 def _make_head(model: Any, k: int, variant: str, init: str) -> Head:
-    """Head 1 is the model's own; the others are copies of it, or new."""
+    """Makes head ``k``: head 1 is the model's own; the others are copies of it, or new."""
     config, base, own = model.config, model.model, k == 1
     norm = base.norm if own else copy.deepcopy(base.norm).requires_grad_(True)
     if variant == "shared":
@@ -239,7 +239,7 @@ def _linear(like: Tensor, config: Any, init: str) -> nn.Linear:
 
 
 def _random_layer(last: nn.Module, config: Any) -> nn.Module:
-    """A new layer of the class of ``last``."""
+    """Makes a randomly initialised layer of the class of ``last``."""
     index = len(config.layer_types) - 1 if getattr(config, "layer_types", None) else config.num_hidden_layers - 1
     make: Any = type(last)
     layer: nn.Module = make(config, index)
@@ -253,7 +253,7 @@ def _random_layer(last: nn.Module, config: Any) -> nn.Module:
 
 
 def _kind(config: Any, layer: int) -> str:
-    """The attention of a layer. Without layer types, a window is that of all layers."""
+    """The kind of attention of a layer; without layer types, a sliding window applies to all layers."""
     types = getattr(config, "layer_types", None)
     if types is not None:
         return str(types[layer])

@@ -21,7 +21,7 @@ from mtp_ext.nn.model import MTPModel
 
 PARAMS_FILE = "params.json"
 WEIGHTS_FILE = "consolidated.pth"
-# Ours <- theirs; several of theirs are one matrix of ours, row after row.
+# Ours <- theirs; several of theirs are concatenated along the rows into one matrix of ours.
 LAYER_NAMES = {
     "attention_norm.weight": ("attention_norm.weight",),
     "attention.qkv.weight": ("attention.wq.weight", "attention.wk.weight", "attention.wv.weight"),
@@ -35,18 +35,18 @@ TOP_NAMES = {
     "unembed.weight": "output.weight",
     "heads.norm.weight": "norm.weight",
 }
-COMPUTED = ("rope.freqs",)  # of old checkpoints: a table that follows from the shape
+COMPUTED = ("rope.freqs",)  # tables in old checkpoints that follow from the shape
 
 
 def load_released(directory: Path | str, *, max_seq_len: int = 4096, dtype: torch.dtype | None = None) -> MTPModel:
-    """The model of a released checkpoint, on the CPU.
+    """Loads a released checkpoint on the CPU.
 
     Args:
         directory: Holds ``params.json`` and one file ``consolidated*.pth``.
-        max_seq_len: Longest sequence that the model is to take; the checkpoint does not say.
-        dtype: Of the parameters; default that of the file.
+        max_seq_len: Maximum sequence length, which the checkpoint does not store.
+        dtype: Dtype of the parameters; default that of the file.
     Raises:
-        ValueError: A file is absent, unreadable, one of several shards, or has a missing or an unexpected weight.
+        ValueError: A file is missing, unreadable, one of several shards, or has a missing or unexpected weight.
     """
     directory = Path(directory)
     weights = _read_weights(directory)
@@ -64,11 +64,11 @@ def load_released(directory: Path | str, *, max_seq_len: int = 4096, dtype: torc
 
 
 def save_released(model: MTPModel, directory: Path | str) -> None:
-    """Writes a parallel model in the layout of the released ones.
+    """Saves a parallel model in the layout of the released checkpoints.
 
     Raises:
-        ValueError: The layout has no place for what the model is: another variant, a final norm for each head that
-            differ, several unembeddings, soft-capped logits.
+        ValueError: The layout cannot represent the model: another variant, different final norms, several unembeddings
+            or soft-capped logits.
     """
     directory, config = Path(directory), model.config
     if config.variant != "parallel" or config.replicates or config.softcap is not None:
@@ -88,7 +88,7 @@ def save_released(model: MTPModel, directory: Path | str) -> None:
 
 
 def _layer_prefixes(config: MTPConfig) -> dict[str, str]:
-    """Where ours has a layer -> where theirs has it."""
+    """Maps our layer prefixes to theirs."""
     trunk = config.n_trunk_layers
     prefixes = {f"trunk.layers.{i}.": f"layers.{i}." for i in range(trunk)}
     prefixes["heads.0.block."] = f"layers.{trunk}."
@@ -139,7 +139,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def _config(params: Mapping[str, Any], weights: Mapping[str, Tensor], max_seq_len: int) -> MTPConfig:
-    """The configuration; sizes that ``params.json`` gives only by a formula come from the weights."""
+    """Builds the configuration; sizes that ``params.json`` gives only by a formula come from the weights."""
     try:
         vocab_size, d_model = weights["tok_embeddings.weight"].shape
         return MTPConfig(
@@ -174,10 +174,10 @@ def _params(config: MTPConfig) -> dict[str, Any]:
 
 
 def _feed_forward_params(width: int, ff_dim: int) -> dict[str, Any]:
-    """What the reference code's rule turns into ``ff_dim``: ``m * ceil(int(f * int(8 D / 3)) / m)``."""
+    """Inverts the reference code's rule ``ff_dim = m * ceil(int(f * int(8 D / 3)) / m)``."""
     hidden = int(8 * width / 3)
     for multiple in (256, ff_dim):
         if multiple * math.ceil(hidden / multiple) == ff_dim:
             return {"multiple_of": multiple}
-    inside = max(1, ff_dim // 2) + 0.25  # anything that is rounded up to ff_dim, clear of float's own rounding
+    inside = max(1, ff_dim // 2) + 0.25  # any value that rounds up to ff_dim, clear of floating-point error
     return {"multiple_of": ff_dim, "ffn_dim_multiplier": inside / hidden}

@@ -1,1 +1,1 @@
-"""The orders in which the heads' forwards, losses and backwards run."""
+"""Schedules: the orders in which the heads' forwards, losses and backwards run."""

@@ -1,4 +1,4 @@
-"""The reference: all heads forward, all logits, plain torch."""
+"""The reference schedule: all heads forward, full logits, plain torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mtp_ext.ops.common.result import MultiTokenLoss
 
 
 def autograd_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:
-    """Loss and metrics of all heads; arguments as of ``multi_token_loss``.
+    """Computes loss and metrics of all heads; arguments as in ``multi_token_loss``.
 
-    A head that does not run stands as zeros, and its numbers are taken out again.
+    Heads that do not run are replaced by zeros and masked out of the results.
     """
     call = targets.of_hidden(hidden)
     outputs = head_outputs(heads, hidden, context, targets.active, targets.detach_heads)

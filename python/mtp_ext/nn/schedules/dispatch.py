@@ -1,12 +1,12 @@
-"""The three orders in which the heads' forwards, losses and backwards run; one loss, one set of gradients.
+"""Three schedules of the heads' forwards, losses and backwards, with the same loss and gradients.
 
-- ``sequential`` (Gloeckle et al. 2024, section 2 and figure S11): a head's forward, loss and backward before the next
-  head's, all within the forward: see :mod:`mtp_ext.nn.schedules.sequential`.
+- ``sequential`` (Gloeckle et al. 2024, section 2 and figure S11): each head's forward, loss and backward before the
+  next head's, all within the model's forward: see :mod:`mtp_ext.nn.schedules.sequential`.
 - ``joint``: all heads forward under autograd, then one fused loss over ``n * B * S`` rows.
 - ``autograd``: all heads forward, full logits, plain torch. The reference.
 
-Heads run in one order in all three, so that dropout draws the same numbers. A head whose weight is 0 does not run,
-unless a later head of its chain reads it.
+Heads run in the same order in all three, so that dropout draws the same numbers. A head of weight 0 does not run unless
+a later head of its chain reads it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SCHEDULES = ("sequential", "joint", "autograd")
 def multi_token_loss(
     heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets, schedule: str
 ) -> MultiTokenLoss:
-    """Loss and metrics of all heads by ``schedule``.
+    """Computes loss and metrics of all heads with ``schedule``.
 
     Args:
         heads: The heads.
         hidden: ``[B, S, D]``, the trunk's output.
         weight: ``[V, D]``, the unembedding, or ``[n, V, D]``.
         context: Positions and visibility of this forward.
-        targets: Labels and how they count.
+        targets: Labels and their options.
         schedule: ``"sequential"``, ``"joint"`` or ``"autograd"``.
     """
     check_schedule(schedule)
@@ -47,6 +47,6 @@ def multi_token_loss(
 
 
 def check_schedule(schedule: str) -> None:
-    """Raises ValueError for an unknown name."""
+    """Raises ValueError for an unknown schedule."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be 'sequential', 'joint' or 'autograd', got {schedule!r}")

@@ -1,4 +1,4 @@
-"""What every schedule stands on: the heads as it sees them, and the order in which they run."""
+"""Shared by all schedules: the interface of the heads, and the order in which they run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 class HeadStack(Protocol):
-    """What a schedule needs of the heads; see :class:`mtp_ext.nn.heads.Heads`."""
+    """The interface of the heads to the schedules; see :class:`mtp_ext.nn.heads.Heads`."""
 
     n_heads: int
     chains: tuple[tuple[int, ...], ...]
     recompute: bool
     softcap: float | None
-    one_row: bool  # the heads all give the same output
+    one_row: bool  # all heads have the same output
     training: bool
 
     @property
@@ -35,7 +35,7 @@ class HeadStack(Protocol):
 
 
 def chains_to_run(heads: HeadStack, active: Collection[int]) -> list[tuple[int, ...]]:
-    """The chains, each as far as its last active head; those without one are left out."""
+    """Returns the chains, each cut after its last active head; chains without one are left out."""
     found = []
     for chain in heads.chains:
         wanted = [i for i, k in enumerate(chain) if k in active]
@@ -51,14 +51,14 @@ def head_outputs(
     active: Collection[int] | None = None,
     detach_heads: Collection[int] = (),
 ) -> dict[int, Tensor]:
-    """The normed outputs ``[B, S, D]`` of the heads, by ``k``, recorded by autograd.
+    """Runs the heads under autograd and returns their normed outputs ``[B, S, D]`` by ``k``.
 
     Args:
         heads: The heads.
         hidden: ``[B, S, D]``, the trunk's output.
-        context: That of the trunk's forward.
+        context: The context of the trunk's forward.
         active: Which heads are wanted; default all.
-        detach_heads: Heads that send no gradient to what they read.
+        detach_heads: Heads that send no gradient to their input.
     """
     wanted = range(1, heads.n_heads + 1) if active is None else active
     again = heads.recompute and torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""All heads forward under autograd, then one fused loss over the rows of all of them: fastest for small batches."""
+"""All heads forward under autograd, then one fused loss over all their rows: fastest for small batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtp_ext.ops.loss.autograd import with_gradients
 
 
 def joint_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:
-    """Loss and metrics of all heads; arguments as of ``multi_token_loss``."""
+    """Computes loss and metrics of all heads; arguments as in ``multi_token_loss``."""
     with_grad = torch.is_grad_enabled()
     loss = step_loss(
         heads, hidden, weight, targets, need_grad_hidden=with_grad, need_grad_weight=with_grad and weight.requires_grad

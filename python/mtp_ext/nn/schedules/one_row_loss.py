@@ -1,4 +1,4 @@
-"""``n`` targets on one row of logits: the loss of heads that all give the same output."""
+"""The loss of heads with the same output: ``n`` targets on one row of logits."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 
 
 class OneRowLoss:
-    """``n`` targets on one row of logits: one product with the unembedding where ``n`` heads would take ``n``.
+    """``n`` targets on one row of logits: one product with the unembedding instead of ``n``.
 
-    ``sum_k a_k (lse - z[target_k])`` with ``a_k`` the weight of head ``k``'s target: the log-sum-exp with its gradient
-    ``(sum_k a_k) softmax`` comes from the fused loss, the targets' logits are ``n`` products of vectors a row.
+    The loss is ``sum_k a_k (lse - z[target_k])`` with ``a_k`` the weight of head ``k``'s target. The log-sum-exp and
+    its gradient ``(sum_k a_k) softmax`` come from the fused loss; the targets' logits are ``n`` dot products per row.
 
     Args:
-        call: The call of all heads; :meth:`takes` says whether it can be.
+        call: The call of all heads, for which :meth:`takes` must be True.
         weight: ``[V, D]``.
-        needs: Which gradients to form.
+        needs: Which gradients to compute.
         active: The heads whose targets count.
     """
 
@@ -54,7 +54,7 @@ class OneRowLoss:
 
     @staticmethod
     def takes(call: LossCall) -> bool:
-        """Whether each target's loss is ``lse - z[target]`` of (capped) logits, and all targets weigh alike."""
+        """Returns True if each target's loss is ``lse - z[target]`` of (capped) logits, without token weights."""
         return call.options == RowOptions(softcap=call.options.softcap) and call.token_weights is None
 
     def _denominators(self) -> Tensor:
@@ -65,7 +65,7 @@ class OneRowLoss:
         return divisor.to(counts).expand_as(counts) if isinstance(divisor, Tensor) else torch.full_like(counts, divisor)
 
     def _of_lse(self) -> LossCall:
-        """The call whose loss is 0, and whose log-sum-exp has the gradient ``sum_k a_k``."""
+        """Returns a call with loss 0 and incoming gradient ``sum_k a_k`` of the log-sum-exp."""
         call = self._call
         weights = torch.zeros(1, dtype=call.acc_dtype, device=call.labels.device)
         return replace(
@@ -80,7 +80,7 @@ class OneRowLoss:
         )
 
     def _any_target(self) -> Tensor:
-        """``[B, S + 1]``: as labels, a row's first target, or none."""
+        """Returns labels ``[B, S + 1]`` with each row's first target, or ``ignore_index``."""
         ignored = self._call.ignore_index
         first = self._counts.to(torch.int8).argmax(0, keepdim=True)
         some = self._targets.gather(0, first)[0].where(self._counts.any(0), ignored)
@@ -91,7 +91,7 @@ class OneRowLoss:
         return self._accumulator.grad_weight
 
     def add(self, hidden: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
-        """Adds the one output that stands for all heads."""
+        """Adds the one output of all heads."""
         ((head, rows),) = hidden.items()
         rows = rows.detach()
         grad = self._accumulator.add({1: rows})[1]
@@ -107,19 +107,19 @@ class OneRowLoss:
         Args:
             rows: ``[B, S, D]``, rounded to the compute dtype.
             lse: ``[B, S]``.
-            grad: ``[B, S, D]``, of ``rows``.
+            grad: ``[B, S, D]``, the gradient of ``rows``.
         """
         counts, weight, softcap = self._counts[k - 1], self._weight, self._call.options.softcap
         wanted = self._targets[k - 1].where(counts, 0)
         index = wanted.clamp(0, len(weight) - 1)
         vectors = weight[index].to(self._call.compute_dtype).to(lse.dtype)  # [B, S, D]
-        # On a GPU nobody has looked whether a target is a class; one that is not makes the loss NaN.
+        # On a GPU targets are not validated; one outside [0, V) makes the loss NaN.
         logits = (rows * vectors).sum(-1).where(wanted == index, float("nan"))
         slope = -self._scale[k - 1]
         if softcap is not None:
             capped = torch.tanh(logits / softcap)
             logits, slope = softcap * capped, slope * (1 - capped * capped)
-        # where, not a product: what is not finite in a row without a target must not count.
+        # where, not a product: non-finite values in a row without a target must not count.
         self._head_loss[k - 1] = (lse - logits).where(counts, 0).sum() / self._divisors[k - 1]
         slope = slope.where(counts, 0)[..., None]
         if grad is not None:
@@ -130,7 +130,7 @@ class OneRowLoss:
             grad_weight.index_add_(0, index.flatten(), terms.flatten(0, 1).to(grad_weight.dtype))
 
     def result(self) -> MultiTokenLoss:
-        """Loss and metrics, once the output has been added."""
+        """Returns loss and metrics, once the output has been added."""
         call = self._call
         found = (table.expand(call.n_heads, -1, -1) for table in self._accumulator.row_tables())
         none = RowTables.zeros(call.n_heads, *call.row_shape, dtype=call.acc_dtype, device=call.labels.device)

@@ -1,4 +1,4 @@
-"""Random numbers that can be drawn again."""
+"""Saves and restores the state of the random generators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of torch's global generators of the CPU and of one device."""
+    """The state of torch's global generators of the CPU and one device."""
 
     cpu: Tensor
     cuda: Tensor | None
@@ -20,13 +20,13 @@ class RandomState:
 
     @staticmethod
     def of(device: torch.device) -> RandomState:
-        """The state now."""
+        """Captures the current state."""
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return RandomState(torch.get_rng_state(), cuda, device)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Within it the same numbers come again; after it, generation goes on as if it had not been."""
+        """Repeats the same random numbers within the context; afterwards the generators continue unaffected."""
         with torch.random.fork_rng([self.device] if self.cuda is not None else []):
             torch.set_rng_state(self.cpu)
             if self.cuda is not None:

@@ -1,9 +1,9 @@
 """The paper's order: each head's forward, loss and backward within the forward; ``loss.backward()`` runs the trunk.
 
-Independent heads run one after the other, and of each only the gradient at the trunk's output and at its parameters
-is left. Chained heads run forward along the chain, which keeps a layer's activations a head (or with ``recompute`` its
-input alone), then backward from the end that is furthest from the trunk (Gloeckle et al. 2024, figure S11): one
-vector-Jacobian product a head, with the sum of the cotangents of its own loss and of the head after it.
+Independent heads run one by one, and each leaves only the gradients of the trunk's output and of its parameters.
+Chained heads run forward along the chain, keeping a layer's activations per head (with ``recompute``, only its input),
+then backward from the end of the chain (Gloeckle et al. 2024, figure S11): one vector-Jacobian product per head, with
+the sum of the cotangents of its own loss and of the next head.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mtp_ext.ops.loss.autograd import with_gradients
 
 
 def sequential_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:
-    """Loss and metrics of all heads, gradients ready; arguments as of ``multi_token_loss``."""
+    """Computes loss, metrics and gradients of all heads; arguments as in ``multi_token_loss``."""
     chains = chains_to_run(heads, targets.active)
     if all(chain[0] in targets.detach_heads for chain in chains):
-        hidden = hidden.detach()  # an input without a gradient would send zeros through the trunk
+        hidden = hidden.detach()  # otherwise zeros would be propagated through the trunk
     weights = HeadWeights(heads, [k for chain in chains for k in chain])
     with_grad = torch.is_grad_enabled()
     sums: GradientSums | None = None
@@ -39,7 +39,7 @@ def sequential_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: A
         need_grad_weight = with_grad and weight.requires_grad
         sweep = _Sweep(heads, weights, context, targets, hidden, weight, sums, need_grad_weight=need_grad_weight)
         sweep.run()
-    # A parameter that several heads read is one input, and gets one gradient.
+    # A parameter that several heads share is one input with one gradient.
     parameters = [] if sums is None else [x for x in sums.tensors if x is not hidden]
     inputs = (hidden, weight, targets.call.head_weights, *parameters)
     if not with_grad or not any(x is not None and x.requires_grad for x in inputs):
@@ -56,21 +56,20 @@ def sequential_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: A
 
 
 class GradientSums:
-    """Gradients that are being summed, by the identity of the tensor that they belong to.
+    """Running sums of gradients, keyed by the identity of their tensor.
 
-    Their memory is taken before the first head runs, where it can be: long-lived gradients in between the activations
-    of successive heads would keep the allocator from using that space again (on glibc, 2 MB a head at
-    ``T = 1536, D = 64``).
+    Their memory is allocated before the first head runs if possible: long-lived gradients between the activations of
+    successive heads would fragment the heap (on glibc, 2 MB per head at ``T = 1536, D = 64``).
     """
 
     def __init__(self) -> None:
         self._buffers: dict[int, Tensor] = {}
         self._empty: set[int] = set()
         self.tensors: list[Tensor] = []
-        """Those that get a gradient."""
+        """The tensors that get a gradient."""
 
     def expect(self, tensors: Iterable[Tensor]) -> None:
-        """Takes the memory for the gradients of those of ``tensors`` that require one, once each."""
+        """Allocates the gradients of those ``tensors`` that require one, once each."""
         for x in tensors:
             if x.requires_grad and id(x) not in self._buffers:
                 self._buffers[id(x)] = torch.empty_like(x)
@@ -78,7 +77,7 @@ class GradientSums:
                 self.tensors.append(x)
 
     def wants(self, x: Tensor) -> bool:
-        """Whether ``x`` gets a gradient."""
+        """Returns True if ``x`` gets a gradient."""
         return id(x) in self._buffers
 
     def add(self, x: Tensor, grad: Tensor) -> None:
@@ -90,23 +89,23 @@ class GradientSums:
             self._buffers[id(x)].add_(grad)
 
     def of(self, x: Tensor) -> Tensor | None:
-        """The gradient of ``x``; None if it is not wanted, or nothing was added."""
+        """Returns the gradient of ``x``; None if it is not wanted or nothing was added."""
         return None if id(x) in self._empty else self._buffers.get(id(x))
 
 
 class _Recorded(NamedTuple):
-    """A head's forward, cut off from everything outside it."""
+    """A head's forward, detached from the rest of the graph."""
 
     k: int
     x: Tensor  # its input, a leaf that requires grad if a gradient is wanted there or before
     parameters: list[Tensor]
-    stand_ins: list[Tensor]  # the parameters, detached: their hooks see only the whole gradient, later
+    stand_ins: list[Tensor]  # the parameters, detached, so that their hooks only see the whole gradient later
     state: Tensor
     normed: Tensor
 
 
 class _Kept(NamedTuple):
-    """What a head needs to run again: its input, and the random numbers of its dropout."""
+    """The state for rerunning a head: its input and the random state of its dropout."""
 
     k: int
     x: Tensor
@@ -114,7 +113,7 @@ class _Kept(NamedTuple):
 
 
 class _Sweep:
-    """One pass over all heads: losses, metrics, and the gradients that ``sums`` collects; None: no head needs one."""
+    """One pass over all heads: losses, metrics and the gradients in ``sums``, which is None if no head needs any."""
 
     def __init__(
         self,
@@ -135,7 +134,7 @@ class _Sweep:
         )
 
     def run(self) -> None:
-        """Forward along each chain of heads, and back from its end."""
+        """Runs each chain of heads forward, then backward from its end."""
         try:
             for chain in chains_to_run(self.heads, self.loss.heads):
                 if self.learns:
@@ -143,10 +142,10 @@ class _Sweep:
                 else:
                     self._measure(chain)
         finally:
-            self.weights.release_all()  # where a head raised an error
+            self.weights.release_all()  # if a head raised an error
 
     def _learn(self, chain: tuple[int, ...]) -> None:
-        """The chain's losses and gradients."""
+        """Computes the chain's losses and gradients."""
         kept = self._forward(chain)
         grad: Tensor | None = None
         while kept:
@@ -159,7 +158,7 @@ class _Sweep:
             self.sums.add(self.hidden, grad)
 
     def _measure(self, chain: tuple[int, ...]) -> None:
-        """The chain's losses where no gradient is wanted in a head: nothing has to wait for a way back."""
+        """Computes the chain's losses without gradients, head by head."""
         x = self.hidden.detach()
         for k in chain:
             head = self._record(k, x)
@@ -168,7 +167,7 @@ class _Sweep:
             x = head.state
 
     def _forward(self, chain: tuple[int, ...]) -> list[_Recorded | _Kept]:
-        """The chain's heads in order; what their backwards need. The last one's weights stay gathered for it."""
+        """Runs the chain forward and returns what backward needs; the last head's parameters stay gathered."""
         kept: list[_Recorded | _Kept] = []
         x, wanted = self.hidden.detach(), self.sums.wants(self.hidden)
         for i, k in enumerate(chain):
@@ -189,7 +188,7 @@ class _Sweep:
         return kept
 
     def _parameters(self, k: int) -> list[Tensor]:
-        """Head ``k``'s parameters, whole until they are released."""
+        """Gathers head ``k``'s parameters until they are released."""
         parameters = self.weights.gather(k)
         if self.learns:
             self.sums.expect(parameters)
@@ -202,7 +201,7 @@ class _Sweep:
             return self._record(head.k, head.x)
 
     def _record(self, k: int, x: Tensor) -> _Recorded:
-        """Head ``k``'s forward on its input ``x``, a leaf."""
+        """Runs head ``k`` on its input ``x``, a leaf."""
         parameters = self._parameters(k)
         stand_ins = [p.detach().requires_grad_(self.sums.wants(p)) for p in parameters]
         with torch.set_grad_enabled(self.learns):
@@ -210,13 +209,13 @@ class _Sweep:
         return _Recorded(k, x, parameters, stand_ins, state, normed)
 
     def _backward(self, head: _Recorded, grad_state: Tensor | None) -> Tensor | None:
-        """The head's loss and its one vector-Jacobian product.
+        """Computes the head's loss and its one vector-Jacobian product.
 
         Args:
             head: The head's forward.
-            grad_state: The gradient of the later heads' losses in its layer output.
+            grad_state: The gradient of the later heads' losses with respect to its layer output.
         Returns:
-            The gradient in its input, ``[B, S, D]``, if that is wanted.
+            The gradient with respect to its input, ``[B, S, D]``, if wanted.
         """
         outputs, cotangents = [], []
         if head.k in self.loss.heads:
@@ -231,7 +230,7 @@ class _Sweep:
         inputs = [*([head.x] if head.x.requires_grad else []), *(s for _, s in pairs)]
         if not inputs or not outputs:
             return None
-        # As a backward that the user calls outside autocast: what was computed in 16 bit goes back in 16 bit.
+        # Like a backward outside autocast: operations that ran in 16 bits have 16-bit gradients.
         with torch.autocast(head.x.device.type, enabled=False):
             grads = list(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True))
         grad_x = grads.pop(0) if head.x.requires_grad else None

@@ -1,4 +1,4 @@
-"""The fused loss of one step, as the schedules feed it: a head's output goes in, its gradient comes out."""
+"""The interface of the schedules to the fused loss: a head's output goes in, its gradient comes out."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mtp_ext.ops.loss.arguments import Needs
 
 
 class StepLoss(Protocol):
-    """Losses, metrics and gradients of one step; nothing here is recorded by autograd."""
+    """Losses, metrics and gradients of one step, outside autograd."""
 
     heads: frozenset[int]
-    """Heads whose outputs are to be added, each once."""
+    """The heads whose outputs must be added, each once."""
 
     @property
     def grad_weight(self) -> Tensor | None:
-        """The unembedding's gradient, in its shape; None if it was not asked for."""
+        """The gradient of the unembedding, in its shape; None if not asked for."""
 
     def add(self, hidden: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
-        """Adds normed outputs ``[B, S, D]`` by head; returns the loss's gradients in them."""
+        """Adds normed outputs ``[B, S, D]`` by head; returns their gradients."""
 
     def result(self) -> MultiTokenLoss:
-        """Loss and metrics, once all heads have been added."""
+        """Returns loss and metrics, once all heads have been added."""
 
 
 def step_loss(
@@ -41,17 +41,17 @@ def step_loss(
     need_grad_hidden: bool,
     need_grad_weight: bool,
 ) -> StepLoss:
-    """The loss that fits the heads.
+    """Returns the loss that suits the heads.
 
     Args:
         heads: The heads.
         hidden: ``[B, S, D]``, for its dtype.
         weight: ``[V, D]`` or ``[n, V, D]``.
-        targets: Labels and how they count.
-        need_grad_hidden, need_grad_weight: Which gradients to form.
+        targets: Labels and their options.
+        need_grad_hidden, need_grad_weight: Which gradients to compute.
     """
     call, active = targets.of_hidden(hidden), targets.active
-    # Heads of one row may differ in what they send where; then each has to be taken by itself.
+    # Heads with the same output may still differ in what they detach; then each is added by itself.
     alike = heads.one_row and weight.dim() == 2 and not targets.detach_heads and not call.detach_weight
     kind = OneRowLoss if alike and active and OneRowLoss.takes(call) else HeadLossAccumulator
     return kind(call, weight, Needs(need_grad_hidden, need_grad_weight, bias=False), active)

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention that does not cross documents, and what all layers of a forward share for it."""
+"""Causal grouped-query attention within documents, and the context that all layers of a forward share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.nn.transformer.rotary import rotate, rotation
 from mtp_ext.ops.common.backend import backend_of
 
-# Documents shorter than this, on average, attend through a mask rather than one call each: at 64 tokens, one call a
-# document and the masked call over the row take the same time.
+# If documents are shorter than this on average, use one masked call per row instead of one call per document: at 64
+# tokens both take the same time.
 _MIN_MEAN_SEGMENT = 64
 
 
@@ -22,28 +22,28 @@ _MIN_MEAN_SEGMENT = 64
 class AttentionContext:
     """Positions and visibility of one forward, built once and read by every attention layer of trunk and heads.
 
-    Rotary positions count from the start of the row, not of the document: attention within a document sees differences
-    of positions alone, so a restart would change nothing.
+    Rotary positions count from the start of the row, not of the document: attention within a document depends only on
+    position differences.
     """
 
     turns: Tensor  # rotary, [S, 1, head_dim / 2] or [B, S, 1, head_dim / 2]
     mask: Tensor | None = None  # [B or 1, 1, S, L] bool, True where the query sees the key; None: causal
     segments: list[int] | None = None  # lengths of the documents, over the B * S tokens in order
     cache: KVCache | None = None
-    positions: Tensor | None = None  # of the new tokens in the cache
+    positions: Tensor | None = None  # positions of the new tokens in the cache
     tokens: Tensor | None = None  # [B, S''] the row's tokens and those after it, for heads that read them
 
     @staticmethod
     def of_sequences(
         config: MTPConfig, seq_len: int, document_ids: Tensor | None, device: torch.device, dtype: torch.dtype
     ) -> AttentionContext:
-        """The context of whole sequences (training).
+        """Builds the context of whole sequences (training).
 
         Args:
-            config: The model's.
+            config: The model's configuration.
             seq_len: ``S``.
-            document_ids: ``[B, S]`` integers; tokens see earlier ones of the same id. None: one document a row.
-            device, dtype: Those of the activations.
+            document_ids: ``[B, S]`` integers; tokens see earlier ones of the same id. None: one document per row.
+            device, dtype: Device and dtype of the activations.
         """
         turns = rotation(torch.arange(seq_len, device=device), config.head_dim, config.rope_theta, dtype)
         if document_ids is None or seq_len == 0:
@@ -62,18 +62,18 @@ class AttentionContext:
     def of_cached(
         config: MTPConfig, n_new: int, cache: KVCache, device: torch.device, dtype: torch.dtype
     ) -> AttentionContext:
-        """The context of ``n_new`` tokens a row that follow those in ``cache`` (generation)."""
+        """Builds the context of ``n_new`` tokens per row that follow those in ``cache`` (generation)."""
         positions = cache.positions(n_new, device)
         turns = rotation(positions, config.head_dim, config.rope_theta, dtype)
         mask = None
-        # Without a mask: the first tokens, whose right padding no query sees, and a single one, which sees all.
+        # No mask is needed for the first tokens (no query sees the right padding) or for a single one (it sees all).
         if cache.max_length > 0 and not (n_new == 1 and cache.is_uniform):
             keys = torch.arange(cache.max_length + n_new, device=device)
             mask = (keys <= positions[..., None]).view(-1, 1, n_new, len(keys))
         return AttentionContext(turns, mask=mask, cache=cache, positions=positions)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of ``q [B, S, H, d]`` to ``k, v [B, L, H_kv, d]``: ``[B, S, H, d]``."""
+        """Computes the attention of ``q [B, S, H, d]`` to ``k, v [B, L, H_kv, d]``: ``[B, S, H, d]``."""
         if self.segments is None:
             return _attend(q, k, v, mask=self.mask, is_causal=self.mask is None and q.shape[1] == k.shape[1])
         q_parts, k_parts, v_parts = (torch.split(x.flatten(0, 1)[None], self.segments, dim=1) for x in (q, k, v))
@@ -82,7 +82,7 @@ class AttentionContext:
 
 
 def document_lengths(document_ids: Tensor) -> list[int] | None:
-    """Lengths of the runs of equal ids in ``[B, S]``, row after row; None if an id comes back within a row."""
+    """Lengths of the runs of equal ids in ``[B, S]``, row by row; None if an id recurs within a row."""
     batch, seq_len = document_ids.shape
     starts = torch.ones(batch, seq_len, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -111,8 +111,8 @@ class Attention(nn.Module):
     """Multi-head attention with rotary positions; ``n_kv_heads`` groups of query heads share keys and values.
 
     Args:
-        config: The model's.
-        layer: The layer's number in the key-value cache.
+        config: The model's configuration.
+        layer: The layer's index in the key-value cache.
     """
 
     def __init__(self, config: MTPConfig, layer: int) -> None:
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """``[B, S, D] -> [B, S, D]``."""
+        """Maps ``[B, S, D] -> [B, S, D]``."""
         turned, kept = self.n_heads + self.kv_heads, self.kv_heads
         qkv = torch.unflatten(self.qkv(x), -1, (turned + kept, self.head_dim))
         qk, v = torch.split(qkv, [turned, kept], dim=2)

@@ -1,4 +1,4 @@
-"""Checks of what a user gives a model. Values are looked at on the CPU only, where that is free, outside graphs."""
+"""Checks of a model's inputs. Values are checked only on the CPU, where it is free, and outside compiled graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
 
 
 def check_tokens(tokens: Tensor, config: MTPConfig, *, past: int = 0) -> None:
-    """``[B, S]`` token ids that, after ``past`` cached ones, fit the model."""
+    """Checks token ids ``[B, S]`` that follow ``past`` cached ones."""
     check_tensor("tokens", tokens, dtypes=INDEX_DTYPES, shape="[B, S]")
     if tokens.dim() != 2:
         raise ValueError(f"tokens must be [B, S], got {describe(tokens)}")
@@ -25,7 +25,7 @@ def check_tokens(tokens: Tensor, config: MTPConfig, *, past: int = 0) -> None:
 
 
 def check_document_ids(document_ids: Tensor, tokens: Tensor) -> None:
-    """``[B, S']`` with the rows and at least the columns of ``tokens [B, S]``."""
+    """Checks that ``document_ids`` are ``[B, S']``, ``S' >= S``, for ``tokens [B, S]``."""
     check_tensor("document_ids", document_ids, dtypes=INDEX_DTYPES, shape="[B, S']", device=tokens.device)
     batch, seq_len = tokens.shape[:2]
     if document_ids.dim() != 2 or document_ids.shape[0] != batch or document_ids.shape[1] < seq_len:

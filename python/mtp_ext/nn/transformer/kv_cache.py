@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a model has already read."""
+"""The key-value cache of the tokens that a model has read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 class KVCache:
     """Keys and values by layer, row and position. A token's slot is its position.
 
-    Rows may have different lengths: what lies beyond a row's length is stale or padding, and is overwritten before any
-    query may see it, because a query at position ``p`` sees the slots ``0..p`` and those up to ``p`` have been written.
-    A forward writes the slots of its tokens; :meth:`advance` then says how many of them count. Several layers, and
-    heads after the trunk, so read the same positions within one step.
+    Rows may have different lengths. Slots beyond a row's length are stale or padding and are overwritten before any
+    query sees them: a query at position ``p`` sees slots ``0..p``, which have been written by then. A forward writes
+    the slots of its tokens; :meth:`advance` then sets how many of them are kept. All layers, and the heads after the
+    trunk, therefore see the same positions within one step.
 
     Args:
         batch_size: ``B``.
-        capacity: Tokens that each row can hold.
+        capacity: Maximum number of tokens per row.
     """
 
     def __init__(self, batch_size: int, capacity: int) -> None:
@@ -28,7 +28,7 @@ class KVCache:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all rows have the same length."""
+        """True if all rows have the same length."""
         return len(set(self.lengths)) <= 1
 
     @property
@@ -37,7 +37,7 @@ class KVCache:
         return max(self.lengths, default=0)
 
     def positions(self, n_new: int, device: torch.device) -> Tensor:
-        """Where the next ``n_new`` tokens go: ``[n_new]`` if the rows are of one length, else ``[B, n_new]``."""
+        """Positions of the next ``n_new`` tokens: ``[n_new]`` if all rows have the same length, else ``[B, n_new]``."""
         if self.max_length + n_new > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens a row, got {self.max_length} + {n_new}")
         new = torch.arange(n_new, device=device)
@@ -49,9 +49,9 @@ class KVCache:
         """Stores new keys and values and returns those of all positions so far.
 
         Args:
-            layer: Which attention layer.
+            layer: Index of the attention layer.
             keys, values: ``[B, S, H_kv, head_dim]``.
-            positions: As from :meth:`positions`.
+            positions: From :meth:`positions`.
         Returns:
             Two views ``[B, L, H_kv, head_dim]``, ``L = max_length + S``.
         """
@@ -69,5 +69,5 @@ class KVCache:
         return stored_keys[:, :end], stored_values[:, :end]
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Counts the first ``counts[b]`` of the tokens last written as read by row ``b``."""
+        """Advances row ``b`` by the first ``counts[b]`` of the tokens last written."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]

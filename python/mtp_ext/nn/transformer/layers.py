@@ -1,4 +1,4 @@
-"""The parts of a Llama-style transformer layer besides attention, and the layer."""
+"""A Llama-style transformer layer and its parts, except attention."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D] -> [..., D]``."""
+        """Maps ``[..., D] -> [..., D]``."""
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020, arXiv 2002.05202); gate and up are one product."""
+    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020, arXiv 2002.05202); gate and up share one GEMM."""
 
     def __init__(self, config: MTPConfig) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.ff_dim, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, S, D] -> [B, S, D]``."""
+        """Maps ``[B, S, D] -> [B, S, D]``."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         y: Tensor = self.down(F.silu(gate) * up)
         return y
@@ -41,8 +41,8 @@ class Block(nn.Module):
     """A pre-norm transformer layer: ``x += drop(attention(norm(x))); x += drop(swiglu(norm(x)))``.
 
     Args:
-        config: The model's.
-        layer: The layer's number in the key-value cache.
+        config: The model's configuration.
+        layer: The layer's index in the key-value cache.
     """
 
     def __init__(self, config: MTPConfig, layer: int) -> None:
@@ -54,7 +54,7 @@ class Block(nn.Module):
         self.ff = SwiGLU(config)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """``[B, S, D] -> [B, S, D]``."""
+        """Maps ``[B, S, D] -> [B, S, D]``."""
         x = x + self._drop(self.attention(self.attention_norm(x), context))
         y: Tensor = x + self._drop(self.ff(self.ff_norm(x)))
         return y

@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """The turns of each position: ``exp(i * p * theta ** (-2 j / head_dim))``, ``j = 0 .. head_dim / 2 - 1``.
+    """Returns the rotations of each position: ``exp(i * p * theta ** (-2 j / head_dim))``, ``j < head_dim / 2``.
 
-    Computed anew in each forward: a table would be one more buffer to keep exact through ``model.to(...)``, and costs
-    more than it saves (0.3 ms for 512 positions, next to hundreds for the step).
+    Recomputed in each forward (0.3 ms for 512 positions, against hundreds for the step): a table would be another
+    buffer to keep exact through ``model.to(...)``.
 
     Args:
         positions: ``[S]`` or ``[B, S]`` int64.
         head_dim: Width of an attention head.
         theta: Base of the frequencies.
-        dtype: That of the activations.
+        dtype: Dtype of the activations.
     Returns:
         ``[S, 1, head_dim / 2]`` or ``[B, S, 1, head_dim / 2]``, complex128 for float64 activations, else complex64;
         the angles are float64 in both.
@@ -28,14 +28,15 @@ def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turns neighbouring pairs of channels. In complex arithmetic: on a CPU this runs five times faster than the same
-    in real halves, whose inner loops are as short as ``head_dim / 2``.
+    """Rotates neighbouring pairs of channels.
+
+    Complex arithmetic is five times faster on a CPU than real halves, whose inner loops are only ``head_dim / 2`` long.
 
     Args:
         x: ``[B, S, H, head_dim]``.
-        turns: As from :func:`rotation`.
+        turns: From :func:`rotation`.
     Returns:
-        ``[B, S, H, head_dim]``, ``x``'s dtype; 16-bit inputs are turned in float32.
+        ``[B, S, H, head_dim]``, ``x``'s dtype; 16-bit inputs are rotated in float32.
     """
     wide = x.to(torch.float64 if turns.dtype == torch.complex128 else torch.float32)
     pairs = torch.view_as_complex(torch.unflatten(wide, -1, (-1, 2)))

@@ -1,4 +1,4 @@
-"""The trunk ``f_s``: tokens to hidden states that all heads read (Gloeckle et al. 2024, section 2)."""
+"""The trunk ``f_s``: from tokens to the hidden states that all heads read (Gloeckle et al. 2024, section 2)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mtp_ext.nn.transformer.layers import Block
 
 
 class Trunk(nn.Module):
-    """Embedding and the trunk's transformer layers, without a final norm: that belongs to the heads.
+    """The embedding and the trunk's transformer layers; the final norm belongs to the heads.
 
-    With ``activation_checkpointing = True`` a layer keeps its input alone and runs again in the backward.
+    With ``activation_checkpointing = True`` each layer keeps only its input and runs again in backward.
 
     Args:
-        config: The model's.
-        embed: The embedding; the model owns it (its name is ``embed.weight``), the trunk borrows it.
+        config: The model's configuration.
+        embed: The embedding; owned by the model, as ``embed.weight``.
     """
 
     def __init__(self, config: MTPConfig, embed: nn.Embedding) -> None:
@@ -38,13 +38,13 @@ class Trunk(nn.Module):
         *,
         context: AttentionContext | None = None,
     ) -> Tensor:
-        """Hidden states ``z`` of ``tokens``.
+        """Computes the hidden states of ``tokens``.
 
         Args:
             tokens: ``[B, S]`` int64 or int32.
             document_ids: ``[B, S']``, ``S' >= S``: attention stays within tokens of one id.
-            cache: Keys and values of the tokens before these. It receives these tokens' too; the caller advances it.
-            context: What :meth:`context` would build, where the caller shares it with the heads.
+            cache: Keys and values of the previous tokens. Those of ``tokens`` are added; the caller advances it.
+            context: The result of :meth:`context`, if the caller shares it with the heads.
         Returns:
             ``[B, S, D]``.
         Raises:
@@ -61,7 +61,7 @@ class Trunk(nn.Module):
     def context(
         self, tokens: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None
     ) -> AttentionContext:
-        """Checks the inputs of a forward and builds what all of its attention layers share."""
+        """Checks the inputs of a forward and builds the context of its attention layers."""
         weight = self._borrowed[0].weight
         check_tokens(tokens, self.config, past=0 if cache is None else cache.max_length)
         seq_len = tokens.shape[1]

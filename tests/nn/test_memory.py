@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +12,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_ext import _C
-from mtp_ext.nn import MTPModel
+from mtp_ext.nn import MTPConfig, MTPModel
+from tests.support import forked
 from tests.support.largest_tensor import LargestTensor
 
 Make = Callable[..., Any]
@@ -48,35 +47,22 @@ def test_a_given_workspace_bounds_every_tensor(n_future: int, make_model: Make, 
     assert seen.numel <= 50 * 2000 and _C.release_workspace() == 50 * 2000 * 4
 
 
-STEP = r"""
-import json, re, sys
-import torch
-from mtp_ext.nn import MTPConfig, MTPModel
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-n, schedule = int(sys.argv[1]), sys.argv[2]
-config = MTPConfig(vocab_size=32000, d_model=32, n_layers=2 + n, n_attn_heads=2, n_future=n)
-model = MTPModel(config)
-labels = torch.randint(config.vocab_size, (2, 640 + n))
-peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
-before = peak()
-model(labels[:, :640], labels, schedule=schedule).loss.backward()
-print(json.dumps({"before": before, "step": peak() - before, "heads": config.parameter_counts()["heads"] * 4}))
-"""
-
-
 def measure_step(n_future: int, schedule: str) -> dict[str, int]:
-    """Bytes of resident memory that one training step of a fresh process adds to its peak."""
-    command = [sys.executable, "-c", STEP, str(n_future), schedule]
-    measured: dict[str, int] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return measured
+    """Bytes of resident memory that one training step adds to the peak; for a fresh process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = MTPConfig(vocab_size=32000, d_model=32, n_layers=2 + n_future, n_attn_heads=2, n_future=n_future)
+    model = MTPModel(config)
+    labels = torch.randint(config.vocab_size, (2, 640 + n_future))
+    before = forked.peak_bytes()
+    model(labels[:, :640], labels, schedule=schedule).loss.backward()
+    return {"step": forked.peak_bytes() - before, "heads": config.parameter_counts()["heads"] * 4}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
 def test_eight_heads_peak_like_one_but_for_their_gradients() -> None:
     """Resident memory, of the step alone: what the process held before it would hide a growth."""
-    one, eight = measure_step(1, "sequential"), measure_step(8, "sequential")
+    one, eight = (forked.call(measure_step, n, "sequential") for n in (1, 8))
     assert one["step"] > 80 << 20, "the step is too small to measure"
     # The parameters of the heads were there before the step; a gradient of the same size comes in it.
     assert eight["step"] <= 1.1 * one["step"] + eight["heads"] - one["heads"]

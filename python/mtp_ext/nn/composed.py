@@ -64,7 +64,7 @@ class ComposedModel(MultiTokenModel):
         if document_ids is not None:
             check_document_ids(document_ids, tokens)
             if not self._takes_documents and not self._has_context:
-                raise ValueError("document_ids must be None: the trunk does not take them and would attend across")
+                raise ValueError("document_ids must be None: the trunk does not take them and would mix documents")
             document_ids = document_ids[:, : tokens.shape[1]]
         if not self._has_context:
             return document_ids

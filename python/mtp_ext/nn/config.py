@@ -131,7 +131,7 @@ class MTPConfig:
             )
         if self.head_dim % 2 != 0:
             raise ValueError(
-                f"d_model / n_attn_heads must be even, because rotary embeddings turn pairs, got {self.head_dim}"
+                f"d_model / n_attn_heads must be even, because rotary embeddings rotate pairs, got {self.head_dim}"
             )
         if self.n_attn_heads % self.kv_heads != 0:
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mtp_ext.nn.transformer.checks import is_watched
 from mtp_ext.nn.transformer.layers import RMSNorm
 from mtp_ext.ops.common.checks import describe
 from mtp_ext.ops.rms_norm import rms_norm
@@ -60,7 +61,7 @@ class Head(nn.Module):
         norm = self.norm
         if type(self) is not Head or self.block is not None or type(norm) is not RMSNorm:
             return None
-        return norm if not _is_watched(self) and not _is_watched(norm) else None
+        return norm if not is_watched(self) and not is_watched(norm) else None
 
 
 HeadModules = Sequence[nn.Module] | Callable[[int], nn.Module]
@@ -100,9 +101,3 @@ def _takes_two(module: nn.Module) -> bool:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
     return len(positional) >= 2 and (positional[1].default is positional[1].empty or positional[1].name == "context")
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Returns True if a module has hooks, a compiled call, or a forward that replaces its class's."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__ or module._compiled_call_impl is not None

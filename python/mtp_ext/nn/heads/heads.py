@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_ext.nn.heads.head import Head
-from mtp_ext.nn.heads.unembedding import ReplicatedUnembedding
+from mtp_ext.nn.heads.unembedding import ReplicatedUnembedding, check_linear_map
 from mtp_ext.nn.schedules.dispatch import check_schedule, multi_token_loss
 from mtp_ext.nn.schedules.fsdp import gathered, reduce_in_backward
 from mtp_ext.nn.schedules.targets import StepKeywords, Targets
@@ -97,11 +97,28 @@ class Heads(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
+    def _whole_unembedding(self) -> tuple[Tensor, Tensor | None]:
+        """The unembedding, ``[V, D]`` or ``[n, V, D]``, and its bias ``[V]``.
+
+        Raises:
+            TypeError: It is not a linear map, or not in this process as a whole.
+        """
+        unembed = self._borrowed[0]
+        check_linear_map(unembed)
+        weight, bias = self.unembedding, getattr(unembed, "bias", None)
+        if is_dtensor(weight):
+            raise TypeError(
+                "unembed.weight must be a local tensor [V, D] or [n, V, D], got a DTensor. Under FSDP2, call the "
+                "module that was sharded last, model(...), or name the method that you call: "
+                "register_fsdp_forward_method(model, 'all_logits')"
+            )
+        return weight, bias
+
     def logits(self, k: int, normed: Tensor) -> Tensor:
         """Returns head ``k``'s logits ``[..., V]`` from its normed output ``[..., D]``."""
         with gathered(self._read_alone()) as sharded:
-            weight = _checked_whole(self.unembedding)
-            logits = F.linear(normed, weight if weight.dim() == 2 else weight[k - 1])
+            weight, bias = self._whole_unembedding()
+            logits = F.linear(normed, weight if weight.dim() == 2 else weight[k - 1], bias)
         reduce_in_backward(logits, sharded, gather=True)
         return self._capped(logits)
 
@@ -112,8 +129,8 @@ class Heads(nn.Module):
         :func:`mtp_ext.ops.top_classes.largest_logits`.
         """
         with torch.no_grad(), gathered(self._read_alone()):
-            weight = _checked_whole(self.unembedding)
-            logits, classes = largest_logits(normed, weight if weight.dim() == 2 else weight[k - 1], count)
+            weight, bias = self._whole_unembedding()
+            logits, classes = largest_logits(normed, weight if weight.dim() == 2 else weight[k - 1], count, bias)
         return self._capped(logits), classes  # the cap is monotonic and keeps the order
 
     def _capped(self, logits: Tensor) -> Tensor:
@@ -205,19 +222,8 @@ class Heads(nn.Module):
     def loss(self, hidden: Tensor, targets: Targets, context: Any, schedule: str) -> MultiTokenLoss:
         """Runs :meth:`forward` on checked targets and the context of the trunk's forward."""
         with gathered(self._read_alone()) as sharded:
-            weight = _checked_whole(self.unembedding)
-            result = multi_token_loss(self, hidden, weight, context, targets, schedule)
+            weight, bias = self._whole_unembedding()
+            result = multi_token_loss(self, hidden, weight, context, targets.with_bias(bias), schedule)
         # The sequential schedule does not read the parameters in backward.
         reduce_in_backward(result.loss, sharded, gather=schedule != "sequential")
         return result
-
-
-def _checked_whole(weight: Tensor) -> Tensor:
-    """Returns ``weight``; raises TypeError if it is a DTensor."""
-    if is_dtensor(weight):
-        raise TypeError(
-            "unembed.weight must be a local tensor [V, D] or [n, V, D], got a DTensor. Under FSDP2, call the module "
-            "that was sharded last, model(...), or name the method that you call: register_fsdp_forward_method(model, "
-            "'all_logits')"
-        )
-    return weight

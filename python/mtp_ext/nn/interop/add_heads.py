@@ -43,7 +43,7 @@ def add_heads(model: MTPModel, n_future: int, variant: str = "parallel", init: s
     if config.n_future != 1:
         raise ValueError(f"model must have one head, got n_future={config.n_future}")
     if config.traits.layer == LINEAR:
-        raise ValueError("model must not have a linear head: add heads to the model of which it is a head")
+        raise ValueError("model must not have a linear head: add heads to the model that the head belongs to")
     if isinstance(n_future, bool) or not isinstance(n_future, int) or n_future < 2:
         raise ValueError(f"n_future must be an int of at least 2, got {n_future!r}")
     added = VARIANTS[variant].n_layers(n_future) - VARIANTS[variant].n_layers(1)

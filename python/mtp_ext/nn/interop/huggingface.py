@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from mtp_ext.nn.composed import ComposedModel
 from mtp_ext.nn.heads.head import Head
+from mtp_ext.nn.heads.unembedding import check_linear_map
 from mtp_ext.nn.interop.add_heads import INITS
+from mtp_ext.nn.transformer.checks import is_watched
 from mtp_ext.nn.variants import TRANSFORMER, VARIANTS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
@@ -275,8 +277,12 @@ def _check_model(model: Any) -> None:
             f"model must be a causal language model of one of the families {', '.join(FAMILIES)}, got "
             f"{type(model).__name__} ({family})"
         )
-    if model.lm_head.bias is not None:
-        raise ValueError("model must have an unembedding without a bias")
+    check_linear_map(model.lm_head)
+    if is_watched(model.model):
+        raise ValueError(
+            "model.model must have its own forward and no hooks, because the trunk runs a copy of it: remove them, or "
+            "compile the result of from_huggingface instead"
+        )
 
 
 def _transformers() -> Any:

@@ -106,7 +106,7 @@ def _ours(weights: Mapping[str, Tensor], config: MTPConfig) -> dict[str, Tensor]
     except KeyError as error:
         raise ValueError(f"weights lack {error.args[0]!r}") from None
     if left:
-        raise ValueError(f"weights hold {next(iter(left))!r}, which a model of these params has no place for")
+        raise ValueError(f"weights hold {next(iter(left))!r}, which does not belong to a model with these params")
     return state
 
 

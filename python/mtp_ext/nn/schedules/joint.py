@@ -18,13 +18,11 @@ from mtp_ext.ops.loss.autograd import with_gradients
 def joint_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:
     """Computes loss and metrics of all heads; arguments as in ``multi_token_loss``."""
     with_grad = torch.is_grad_enabled()
-    loss = step_loss(
-        heads, hidden, weight, targets, need_grad_hidden=with_grad, need_grad_weight=with_grad and weight.requires_grad
-    )
+    loss = step_loss(heads, hidden, weight, targets, with_grad=with_grad, need_grad_hidden=with_grad)
     outputs = head_outputs(heads, hidden, context, loss.heads, targets.detach_heads)
     with torch.no_grad():
         grads = loss.add(outputs)
         result = loss.result()
     inputs = list(outputs.values())
-    gradients = Gradients(weight=loss.grad_weight, bias=None, hidden=[grads[k] for k in outputs])
+    gradients = Gradients(weight=loss.grad_weight, bias=loss.grad_bias, hidden=[grads[k] for k in outputs])
     return with_gradients(result, gradients, targets.call, weight, inputs)

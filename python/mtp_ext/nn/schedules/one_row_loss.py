@@ -55,7 +55,8 @@ class OneRowLoss:
     @staticmethod
     def takes(call: LossCall) -> bool:
         """Returns True if each target's loss is ``lse - z[target]`` of (capped) logits, without token weights."""
-        return call.options == RowOptions(softcap=call.options.softcap) and call.token_weights is None
+        plain = call.options == RowOptions(softcap=call.options.softcap)
+        return plain and call.token_weights is None and call.bias is None
 
     def _denominators(self) -> Tensor:
         call, divisor = self._call, self._call.divisor
@@ -89,6 +90,10 @@ class OneRowLoss:
     @property
     def grad_weight(self) -> Tensor | None:
         return self._accumulator.grad_weight
+
+    @property
+    def grad_bias(self) -> Tensor | None:
+        return None
 
     def add(self, hidden: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
         """Adds the one output of all heads."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtp_ext.nn.schedules.fsdp import HeadWeights, reduce_in_backward
 from mtp_ext.nn.schedules.head_stack import HeadStack, chains_to_run
+from mtp_ext.nn.schedules.outside import check_nothing_learns, new_stand_in, next_sequence_number, outside_leaves
 from mtp_ext.nn.schedules.random_state import RandomState
 from mtp_ext.nn.schedules.step_loss import step_loss
 from mtp_ext.nn.schedules.targets import Targets
@@ -36,18 +37,17 @@ def sequential_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: A
         sums = GradientSums()
         sums.expect([hidden, *weights.known()])
     with torch.no_grad():
-        need_grad_weight = with_grad and weight.requires_grad
-        sweep = _Sweep(heads, weights, context, targets, hidden, weight, sums, need_grad_weight=need_grad_weight)
+        sweep = _Sweep(heads, weights, context, targets, hidden, weight, sums, with_grad=with_grad)
         sweep.run()
     # A parameter that several heads share is one input with one gradient.
     parameters = [] if sums is None else [x for x in sums.tensors if x is not hidden]
-    inputs = (hidden, weight, targets.call.head_weights, *parameters)
+    inputs = (hidden, weight, targets.call.bias, targets.call.head_weights, *parameters)
     if not with_grad or not any(x is not None and x.requires_grad for x in inputs):
         return sweep.loss.result()
     grad_weight = sweep.loss.grad_weight
     gradients = Gradients(
         weight=None if grad_weight is None else grad_weight.to(weight.dtype),
-        bias=None,
+        bias=sweep.loss.grad_bias,
         hidden=[sweep.sums.of(x) for x in (hidden, *parameters)],
     )
     result = with_gradients(sweep.loss.result(), gradients, targets.call, weight, [hidden, *parameters])
@@ -102,6 +102,7 @@ class _Recorded(NamedTuple):
     stand_ins: list[Tensor]  # the parameters, detached, so that their hooks only see the whole gradient later
     state: Tensor
     normed: Tensor
+    since: int  # the first sequence number of its graph
 
 
 class _Kept(NamedTuple):
@@ -125,13 +126,12 @@ class _Sweep:
         weight: Tensor,
         sums: GradientSums | None,
         *,
-        need_grad_weight: bool,
+        with_grad: bool,
     ) -> None:
         self.heads, self.weights, self.context, self.targets, self.hidden = heads, weights, context, targets, hidden
+        self.with_grad = with_grad
         self.learns, self.sums = sums is not None, GradientSums() if sums is None else sums
-        self.loss = step_loss(
-            heads, hidden, weight, targets, need_grad_hidden=self.learns, need_grad_weight=need_grad_weight
-        )
+        self.loss = step_loss(heads, hidden, weight, targets, with_grad=with_grad, need_grad_hidden=self.learns)
 
     def run(self) -> None:
         """Runs each chain of heads forward, then backward from its end."""
@@ -162,6 +162,7 @@ class _Sweep:
         x = self.hidden.detach()
         for k in chain:
             head = self._record(k, x)
+            check_nothing_learns(k, head.normed)
             self._backward(head, None)
             self.weights.release(k)
             x = head.state
@@ -203,10 +204,11 @@ class _Sweep:
     def _record(self, k: int, x: Tensor) -> _Recorded:
         """Runs head ``k`` on its input ``x``, a leaf."""
         parameters = self._parameters(k)
-        stand_ins = [p.detach().requires_grad_(self.sums.wants(p)) for p in parameters]
-        with torch.set_grad_enabled(self.learns):
+        stand_ins = [new_stand_in(p, requires_grad=self.sums.wants(p)) for p in parameters]
+        since = next_sequence_number()
+        with torch.set_grad_enabled(self.with_grad):
             state, normed = self.weights.run(k, stand_ins, x, self.context)
-        return _Recorded(k, x, parameters, stand_ins, state, normed)
+        return _Recorded(k, x, parameters, stand_ins, state, normed, since)
 
     def _backward(self, head: _Recorded, grad_state: Tensor | None) -> Tensor | None:
         """Computes the head's loss and its one vector-Jacobian product.
@@ -226,7 +228,10 @@ class _Sweep:
         if grad_state is not None and head.state.requires_grad:
             outputs.append(head.state)
             cotangents.append(grad_state)
+        outside = outside_leaves(head.k, outputs, (head.x, *head.stand_ins), head.since)
+        self.sums.expect(outside)
         pairs = [(p, s) for p, s in zip(head.parameters, head.stand_ins, strict=True) if s.requires_grad]
+        pairs += [(p, p) for p in outside]
         inputs = [*([head.x] if head.x.requires_grad else []), *(s for _, s in pairs)]
         if not inputs or not outputs:
             return None

@@ -25,6 +25,10 @@ class StepLoss(Protocol):
     def grad_weight(self) -> Tensor | None:
         """The gradient of the unembedding, in its shape; None if not asked for."""
 
+    @property
+    def grad_bias(self) -> Tensor | None:
+        """The gradient of its bias, ``[V]``, likewise."""
+
     def add(self, hidden: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
         """Adds normed outputs ``[B, S, D]`` by head; returns their gradients."""
 
@@ -38,8 +42,8 @@ def step_loss(
     weight: Tensor,
     targets: Targets,
     *,
+    with_grad: bool,
     need_grad_hidden: bool,
-    need_grad_weight: bool,
 ) -> StepLoss:
     """Returns the loss that suits the heads.
 
@@ -48,10 +52,16 @@ def step_loss(
         hidden: ``[B, S, D]``, for its dtype.
         weight: ``[V, D]`` or ``[n, V, D]``.
         targets: Labels and their options.
-        need_grad_hidden, need_grad_weight: Which gradients to compute.
+        with_grad: Compute the gradients that weight and bias require.
+        need_grad_hidden: Compute those of the heads' outputs.
     """
     call, active = targets.of_hidden(hidden), targets.active
     # Heads with the same output may still differ in what they detach; then each is added by itself.
     alike = heads.one_row and weight.dim() == 2 and not targets.detach_heads and not call.detach_weight
     kind = OneRowLoss if alike and active and OneRowLoss.takes(call) else HeadLossAccumulator
-    return kind(call, weight, Needs(need_grad_hidden, need_grad_weight, bias=False), active)
+    needs = Needs(
+        hidden=need_grad_hidden,
+        weight=with_grad and weight.requires_grad,
+        bias=with_grad and call.bias is not None and call.bias.requires_grad,
+    )
+    return kind(call, weight, needs, active)

@@ -97,6 +97,10 @@ class Targets:
         detach_heads = checks.checked_heads("detach_heads", keywords.get("detach_heads", ()), n_heads)
         return Targets(call, _active_heads(known, n_heads), detach_heads)
 
+    def with_bias(self, bias: Tensor | None) -> Targets:
+        """Returns the targets with the bias ``[V]`` of the unembedding."""
+        return self if bias is None else replace(self, call=replace(self.call, bias=bias))
+
     def of_hidden(self, hidden: Tensor) -> LossCall:
         """Returns the call with the compute dtype for ``hidden``."""
         return replace(self.call, compute_dtype=autocast_dtype(hidden) or hidden.dtype)

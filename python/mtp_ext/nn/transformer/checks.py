@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_ext.nn.config import MTPConfig
 from mtp_ext.ops.common.backend import backend_of
@@ -32,3 +32,9 @@ def check_document_ids(document_ids: Tensor, tokens: Tensor) -> None:
         raise ValueError(
             f"document_ids must be [B, S'] with B = {batch} and S' >= S = {seq_len}, got {describe(document_ids)}"
         )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Returns True if a module has hooks, a compiled call, or a forward that replaces its class's."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__ or module._compiled_call_impl is not None

@@ -67,7 +67,7 @@ class Trunk(nn.Module):
         seq_len = tokens.shape[1]
         if cache is not None:
             if document_ids is not None:
-                raise ValueError("document_ids must be None where a cache is given: a cache holds one document a row")
+                raise ValueError("document_ids must be None if a cache is given: a cache holds one document per row")
             if tokens.shape[0] != cache.batch_size:
                 raise ValueError(f"tokens must have the cache's {cache.batch_size} rows, got {list(tokens.shape)}")
             return AttentionContext.of_cached(self.config, seq_len, cache, tokens.device, weight.dtype)

@@ -32,8 +32,8 @@ def check_tensor(
     """Raises TypeError unless ``x`` is a plain tensor of one of ``dtypes``, ValueError if it is on another device."""
     if is_dtensor(x):
         raise TypeError(
-            f"{name} must be a local tensor {shape}, got a DTensor: pass {name}.to_local(), or full_tensor() where it "
-            "is sharded over what the loss needs whole"
+            f"{name} must be a local tensor {shape}, got a DTensor: pass {name}.to_local(), or full_tensor() if it "
+            "is sharded along a dimension that the loss needs whole"
         )
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {shape} of {_names(dtypes)}, got {describe(x)}")

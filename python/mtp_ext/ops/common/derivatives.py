@@ -61,4 +61,4 @@ def _raising(grad: Tensor, sources: Sequence[Tensor]) -> Tensor:
 
 def is_last_backward() -> bool:
     """Returns True within a backward that frees its graph, so that saved tensors may be handed out uncopied."""
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    return torch.compiler.is_compiling() or not torch._C._autograd._get_current_graph_task_keep_graph()

@@ -41,8 +41,8 @@ class VocabularyShard:
         sizes, rank, own = _sizes(weight, group), dist.get_rank(group), weight.shape[-2]
         if sizes[rank] != own:
             raise ValueError(
-                f"weight must keep the {sizes[rank]} classes that it told its group, got {own}: ranks whose shard is "
-                "as before would not notice. Make a new tensor for another vocabulary"
+                f"weight must keep the {sizes[rank]} classes of its first use with this group, got {own}: ranks with "
+                "an unchanged shard would not notice. Use a new tensor for another vocabulary"
             )
         return VocabularyShard(group, sum(sizes[:rank]), own, sum(sizes), max(sizes))
 

@@ -1,1 +1,1 @@
-"""Benchmarks: ``harness`` measures, ``suites`` say what, ``pages`` show the committed ``results``."""
+"""Benchmarks: ``suites`` define the cases, ``harness`` measures them, ``pages`` render the committed ``results``."""

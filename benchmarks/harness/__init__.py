@@ -1,1 +1,1 @@
-"""What measures: cases, timing, memory, the machine, the files of results."""
+"""The benchmark harness: cases, timing, memory, machine description, result files."""

@@ -1,4 +1,4 @@
-"""What is measured: one implementation at one shape."""
+"""Benchmark cases: one implementation at one shape each."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class Case:
     """One implementation at one shape.
 
     Args:
-        benchmark: What is measured; with ``shape`` it names the group whose cases are compared.
+        benchmark: Name of the benchmark; with ``shape`` it names the group whose cases are compared.
         impl: The implementation; unique in its group.
         shape: Sizes and dtypes, for the reader and as part of the key.
-        fn: One call of it. What it returns is dropped after the call, and counts towards its peak memory.
-        flops: Floating-point operations of one call, 0 if it has no use.
-        bytes: Bytes that one call has to move, 0 if it has no use.
-        measure_peak: Whether its memory is of interest; on a CPU that takes two more calls in a process of their own.
-        repeats: Calls that are timed together. A GPU call below about 0.2 ms needs several, which are then replayed as
-            a CUDA graph: one by one, their dispatch would be measured.
-        facts: More fields of its row, asked for once after the timing (say, how far its result is from ours).
+        fn: Runs one call. The result is dropped after the call and counts towards its peak memory.
+        flops: FLOPs per call, 0 if not meaningful.
+        bytes: Bytes that one call must move, 0 if not meaningful.
+        measure_peak: Whether to measure its memory; on a CPU that takes two more calls in a separate process.
+        repeats: Number of calls timed together. GPU calls below about 0.2 ms need several, replayed as a CUDA graph;
+            otherwise their dispatch would be measured.
+        facts: Returns additional fields of its row, once after the timing (for example its error relative to ours).
     """
 
     benchmark: str
@@ -44,11 +44,11 @@ class Case:
         return f"{self.group} {self.impl}"
 
 
-Cases = Callable[[str, bool], Iterable[Case]]  # (device, quick) -> cases, the cases of a group in a row
+Cases = Callable[[str, bool], Iterable[Case]]  # (device, quick) -> cases, grouped
 
 
 def short(error: BaseException) -> str:
-    """The kind of an error and the start of its message."""
+    """Returns the type of an error and the start of its message."""
     return f"{type(error).__name__}: {error}"[:400]
 
 
@@ -57,12 +57,12 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def failing(benchmark: str, where: str, error: Exception) -> Case:
-    """Stands for cases whose inputs could not be made; without the traceback, which would keep their memory alive."""
+    """Makes a case that stands for cases whose inputs failed; drops the traceback, which would keep memory alive."""
     return Case(benchmark, "inputs", {"of": where}, partial(_fail, error.with_traceback(None)), measure_peak=False)
 
 
 def each(makers: Iterable[partial[Iterator[Case]]]) -> Iterator[Case]:
-    """The cases of every maker in turn; where one raises (no memory for its inputs), the next ones still come."""
+    """Yields the cases of every maker in turn; if one raises (no memory for its inputs), continues with the next."""
     for maker in makers:
         try:
             yield from maker()
@@ -71,7 +71,7 @@ def each(makers: Iterable[partial[Iterator[Case]]]) -> Iterator[Case]:
 
 
 def groups(cases: Iterable[Case]) -> Iterator[list[Case]]:
-    """Neighbours of one group together; if ``cases`` raises, its last group comes first, then a case that says why."""
+    """Yields consecutive cases of one group; if ``cases`` raises, yields the last group, then a case with the error."""
     group: list[Case] = []
     source = iter(cases)
     while True:

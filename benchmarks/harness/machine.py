@@ -1,4 +1,4 @@
-"""What a result depends on besides the code: the ``env`` block of every benchmark file."""
+"""Describes the environment of a measurement: the ``env`` block of every benchmark file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe(device: str) -> dict[str, Any]:
-    """The machine, the software and the command behind a measurement on ``device`` ("cpu" or "cuda")."""
+    """Returns the machine, software and command of a measurement on ``device`` ("cpu" or "cuda")."""
     from mtp_ext import _C
 
     return {
@@ -37,7 +37,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def gpu_state() -> dict[str, Any]:
-    """Name, memory, driver and, through NVML, what the current CUDA device tells now; ``note`` says why it does not."""
+    """Returns name, memory, driver and NVML readings of the current CUDA device; ``note`` says why NVML is missing."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     state: dict[str, Any] = {"name": properties.name, "memory_bytes": properties.total_memory, "driver": None}
     try:
@@ -50,9 +50,9 @@ def gpu_state() -> dict[str, Any]:
 
 
 def source() -> dict[str, Any]:
-    """The commit, and whether the tree differs from it; None where nothing tells.
+    """Returns the commit and whether the tree differs from it; None if unknown.
 
-    ``MTP_COMMIT`` and ``MTP_DIRTY`` ("0": no) of the environment come first, for a copy of the tree without its .git.
+    The environment variables ``MTP_COMMIT`` and ``MTP_DIRTY`` ("0": no) take precedence, for copies without .git.
     """
     commit = os.environ.get("MTP_COMMIT")
     if commit:

@@ -1,4 +1,4 @@
-"""Clocks, power, throttling and memory of the current CUDA device, read through NVML (nvidia-ml-py)."""
+"""Reads clocks, power, throttling and memory of the current CUDA device through NVML (nvidia-ml-py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 INTERVAL_SECONDS = 0.05
 Reading = dict[str, Any]
 
-# nvmlClocksEventReasons of nvml.h.
+# nvmlClocksEventReasons in nvml.h.
 THROTTLE_REASONS = {
     0x1: "idle",
     0x2: "application clocks",
@@ -28,14 +28,14 @@ THROTTLE_REASONS = {
 
 
 class UnavailableError(Exception):
-    """NVML cannot be asked; the message says why."""
+    """NVML is not available; the message says why."""
 
 
 class Device:
-    """The current CUDA device as NVML knows it.
+    """The NVML handle of the current CUDA device.
 
     Raises:
-        UnavailableError: The module is missing, or the driver does not know the device by its UUID.
+        UnavailableError: The module is missing, or the driver does not find the device by its UUID.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Device:
             raise UnavailableError(f"NVML: {error}") from None
 
     def read(self) -> Reading:
-        """What the device tells now; a value it does not tell is None."""
+        """Reads the current values; unavailable ones are None."""
         nvml, handle = self._nvml, self._handle
         return {
             "sm_mhz": self._ask(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
@@ -65,7 +65,7 @@ class Device:
         }
 
     def _process_bytes(self) -> int | None:
-        """This process's memory; None where another namespace numbers the processes, as in a container."""
+        """This process's memory; None if the driver sees other process ids, as in a container."""
         processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
         return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
 
@@ -77,7 +77,7 @@ class Device:
 
 
 def reasons(bits: int | None) -> list[str] | None:
-    """The names of throttle bits; None stays None, which is not the same as no reason."""
+    """Returns the names of throttle bits; None (unknown) stays None."""
     if bits is None:
         return None
     unknown = bits & ~sum(THROTTLE_REASONS)
@@ -85,7 +85,7 @@ def reasons(bits: int | None) -> list[str] | None:
 
 
 def summary(readings: list[Reading]) -> dict[str, Any]:
-    """Extremes and medians of what was read; None where no reading has a value."""
+    """Returns extremes and medians of the readings; None for a field without values."""
 
     def over(key: str, reduce: Callable[[Any], Any]) -> Any:
         values = [reading[key] for reading in readings if reading[key] is not None]
@@ -110,7 +110,7 @@ def summary(readings: list[Reading]) -> dict[str, Any]:
 
 
 class Sampler:
-    """Reads the device from a thread of its own, from :meth:`start` to :meth:`stop`; both read once themselves."""
+    """Samples the device in a background thread from :meth:`start` to :meth:`stop`, which each add one reading."""
 
     def __init__(self, interval: float = INTERVAL_SECONDS) -> None:
         self._interval, self._done = interval, threading.Event()
@@ -134,7 +134,7 @@ class Sampler:
             self._readings.append(device.read())
 
     def stop(self) -> dict[str, Any]:
-        """:func:`summary`, with a ``note`` that says why where nothing was read."""
+        """Returns :func:`summary`, with a ``note`` that says why if there are no readings."""
         self._done.set()
         if self._thread is None or self._device is None:
             return summary([]) | {"note": self._note}

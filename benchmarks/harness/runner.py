@@ -1,9 +1,9 @@
 """Measures implementations against each other, interleaved, and writes JSON.
 
 A benchmark module yields :class:`Case` objects and calls :func:`main`. Cases of one benchmark and shape form a group,
-which is measured round robin in one process, since clocks drift by more than the differences of interest: every round
-runs each case once, and a case's ratio to the baseline is taken within the round. Peak memory is measured apart from
-time: by the CUDA allocator, or for the CPU as the resident high-water mark of a fresh process that runs one case.
+which is measured round robin in one process, because clocks drift by more than the differences of interest: every round
+runs each case once, and ratios to the baseline are computed within a round. Peak memory is measured separately from
+time: by the CUDA allocator, or on the CPU as the resident high-water mark of a fresh process that runs one case.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Case", "Cases", "main", "write_atomically"]
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """The 20th percentile, the median and the 80th percentile."""
+    """Returns the 20th percentile, the median and the 80th percentile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     fifths = statistics.quantiles(values, n=5, method="inclusive")
@@ -42,9 +42,9 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def row(case: Case, timings: Timings, baseline: str | None, peak: int | None) -> dict[str, Any]:
-    """One line of the result. ``baseline_ratio`` is baseline time / own time: 1 is as fast, 0.5 takes twice as long.
+    """Builds a result row. ``baseline_ratio`` is baseline time / own time: 1 is as fast, 0.5 takes twice as long.
 
-    A case that failed, or was cut off before a timed round, has an ``error`` in place of times.
+    A case that failed, or was cut off before a timed round, has an ``error`` instead of times.
     """
     result: dict[str, Any] = {"benchmark": case.benchmark, "impl": case.impl, **case.shape}
     own = timings.milliseconds[case.impl]
@@ -59,7 +59,7 @@ def row(case: Case, timings: Timings, baseline: str | None, peak: int | None) ->
         result["timed"] = timings.methods[case.impl]
     reference = timings.milliseconds.get(baseline or "", [])
     if reference:
-        # a round that was cut off has no value of the cases that were still to come
+        # an interrupted round lacks the values of the remaining cases
         low, middle, high = spread([b / mine for b, mine in zip(reference, own, strict=False)])
         result |= {"baseline": baseline, "baseline_ratio": round(middle, 4)}
         result |= {"ratio_p20": round(low, 4), "ratio_p80": round(high, 4)}
@@ -71,7 +71,7 @@ def row(case: Case, timings: Timings, baseline: str | None, peak: int | None) ->
 
 
 def peak_on_gpu(case: Case) -> int:
-    """Bytes that one call allocates beyond what stands before it."""
+    """Returns the peak bytes that one call allocates beyond the memory in use before it."""
     case.fn()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -87,10 +87,10 @@ def _resident_bytes(field: str) -> int:
 
 
 def peak_here(case: Case) -> int:
-    """Bytes by which one call lifts this process's resident memory, once warm. Meant for a process of its own."""
-    case.fn()  # loads code and starts threads: not the case's memory
+    """Returns the bytes by which one warm call raises this process's resident memory. Run it in a separate process."""
+    case.fn()  # warm-up: loaded code and threads are not the case's memory
     gc.collect()
-    release_workspace()  # counts: a call brings it
+    release_workspace()  # so that the workspace counts
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
@@ -99,7 +99,7 @@ def peak_here(case: Case) -> int:
 
 
 def peak_on_cpu(case: Case, quick: bool) -> int | None:
-    """:func:`peak_here` in a fresh process, whose allocator gives every large block back at once; Linux only."""
+    """Runs :func:`peak_here` in a fresh process, whose allocator returns large blocks at once; Linux only."""
     module = sys.modules["__main__"].__spec__
     if module is None or not Path("/proc/self/clear_refs").exists():
         return None
@@ -111,7 +111,7 @@ def peak_on_cpu(case: Case, quick: bool) -> int | None:
 
 
 def write_atomically(path: Path, document: Mapping[str, Any]) -> None:
-    """A reader, or a run that is cut off, sees the file before or after, never between."""
+    """Writes JSON atomically: readers and interrupted runs never see a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(document, indent=1) + "\n")
@@ -141,12 +141,12 @@ def arguments(description: str | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--out", type=Path, help="the JSON file, rewritten after every case")
-    parser.add_argument("--peak-of", metavar="KEY", help=argparse.SUPPRESS)  # how this module calls itself
+    parser.add_argument("--peak-of", metavar="KEY", help=argparse.SUPPRESS)  # for this module's own subprocess
     return parser.parse_args()
 
 
 class Recorder:
-    """The file of a run: rows as they come, each in the file at once."""
+    """The result file of a run, rewritten after every row."""
 
     def __init__(self, out: Path | None, env: dict[str, Any]) -> None:
         self.out, self.env, self.rows = out, env, list[dict[str, Any]]()
@@ -161,7 +161,7 @@ class Recorder:
 
 
 def more_of(case: Case, device: str, quick: bool) -> dict[str, Any]:
-    """What is asked of a case after the timing: its peak memory and its facts, or why there are none."""
+    """Measures peak memory and facts of a case after the timing; errors are recorded in their place."""
     more: dict[str, Any] = {}
     if case.measure_peak:
         try:
@@ -177,7 +177,7 @@ def more_of(case: Case, device: str, quick: bool) -> dict[str, Any]:
 
 
 def record_group(group: list[Case], args: argparse.Namespace, baselines: Sequence[str], recorder: Recorder) -> None:
-    """Measures a group and records a row of each case, also if it is cut off: then without memory and facts.
+    """Measures a group and records a row per case; if cut off, without memory and facts.
 
     Raises:
         CutOff: After the rows are written.
@@ -202,7 +202,7 @@ def record_group(group: list[Case], args: argparse.Namespace, baselines: Sequenc
 
 
 def _cut_off(number: int, frame: FrameType | None) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows is the writing
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the results are being written from here on
     raise CutOff
 
 
@@ -215,16 +215,16 @@ def main(
 ) -> None:
     """Runs a benchmark module's command line.
 
-    A case that fails is a row with an ``error``, and the next one runs; SIGTERM writes what was measured. Either makes
-    the exit status 1.
+    A failing case becomes a row with an ``error``, and the next one runs; on SIGTERM the results so far are written.
+    Either makes the exit status 1.
 
     Args:
-        cases: Called with the device and whether to be quick; inputs are made from a fixed seed.
-        baseline: The implementation that ratios are taken to, where a group has it; of several the first.
+        cases: Called with the device and the quick flag; inputs are generated from a fixed seed.
+        baseline: The implementation that ratios refer to; of several, the first that a group has.
         description: Shown by ``--help``.
-        facts: More fields of the file's ``env``.
+        facts: Returns additional fields of the file's ``env``.
     Raises:
-        ValueError: Two cases of a group have one name.
+        ValueError: Two cases of a group have the same name.
     """
     args = arguments(description)
     if args.threads is not None:

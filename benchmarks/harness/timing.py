@@ -1,4 +1,4 @@
-"""Times the cases of a group, round robin, and survives those that fail."""
+"""Times the cases of a group round robin, and tolerates failing cases."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ L2_FLUSH_BYTES = 256 << 20  # more than any L2 cache
 
 
 class CutOff(BaseException):
-    """The run is to end now, and to write what it has. No ``Exception``: no case may swallow it."""
+    """Ends the run, which writes its results so far. Not an ``Exception``, so that no case can swallow it."""
 
 
 @dataclass
 class Timings:
-    """What the rounds of a group gave, by implementation."""
+    """The measurements of a group, by implementation."""
 
-    milliseconds: dict[str, list[float]]  # of one call; the i-th values of all were taken in one round
+    milliseconds: dict[str, list[float]]  # per call; the i-th values of all belong to the same round
     errors: dict[str, str] = field(default_factory=dict)
-    methods: dict[str, str] = field(default_factory=dict)  # of cases whose calls are timed together
+    methods: dict[str, str] = field(default_factory=dict)  # for cases whose calls are timed together
     gpu: dict[str, Any] | None = None  # clocks and memory during the timed rounds
     cut_off: bool = False
 
     def fail(self, impl: str, error: Exception) -> None:
-        """An implementation that failed has no times: its ratios would be of other rounds than its peers'."""
+        """Records an error and drops the times, whose ratios would belong to other rounds than the peers'."""
         self.errors[impl] = short(error)
         self.milliseconds[impl] = []
 
     def drop_warm_up(self) -> None:
-        """Drops the first round, unless it is all there is."""
+        """Drops the first round, unless it is the only one."""
         if any(len(values) > 1 for values in self.milliseconds.values()):
             self.milliseconds = {impl: values[1:] for impl, values in self.milliseconds.items()}
 
@@ -48,11 +48,11 @@ def call_repeatedly(case: Case) -> None:
 
 
 def captured(case: Case) -> tuple[Callable[[], None], str]:
-    """The calls of a case as a CUDA graph, and what to call that; where they cannot be captured, one by one."""
+    """Captures the calls of a case as a CUDA graph, else runs them one by one; also returns the method's name."""
     try:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what a first call sets up must not be captured
+        with torch.cuda.stream(side):  # one-time setup must not be captured
             case.fn()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
@@ -69,7 +69,7 @@ def flush_l2() -> None:
 
 
 class Timer:
-    """Milliseconds of one call of a case: wall clock on the CPU, events after an L2 flush on a GPU."""
+    """Measures milliseconds per call of a case: wall clock on the CPU, events after an L2 flush on a GPU."""
 
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.device = case, device
@@ -99,12 +99,12 @@ class Timer:
 
 
 def free_memory(device: str) -> None:
-    """Gives back what a failed case left behind, as far as the device still answers."""
+    """Frees the memory of a failed case, if the device still responds."""
     gc.collect()
     if device == "cuda":
         try:
             torch.cuda.empty_cache()
-        except RuntimeError as error:  # an error of a kernel stays with the context: every later case will say so
+        except RuntimeError as error:  # a kernel error is sticky: all later cases will fail with it
             print(f"  the memory of the failed case stays: {short(error)}", flush=True)
 
 
@@ -125,14 +125,15 @@ def _rounds(
                 continue
             except Exception as error:
                 timings.fail(impl, error)
-            free_memory(timers[impl].device)  # here, where the error no longer holds its frames
+            free_memory(timers[impl].device)  # after the except block, which keeps the frames alive
 
 
 def time_group(cases: list[Case], device: str, rounds: int, seconds: float) -> Timings:
-    """Milliseconds per implementation and round, the first round (a warm-up) dropped unless time allows no other.
+    """Times all cases round by round; the first round (a warm-up) is dropped unless it is the only one.
 
-    Every round has an order of its own, the same in every run: what a case leaves behind (caches, freed pages) must not
-    always meet the same next one. A case that fails is left out from there on; :class:`CutOff` ends the rounds.
+    Each round has its own random order, reproducible between runs, so that the state that a case leaves behind (caches,
+    freed pages) does not always affect the same next one. Failed cases are skipped from then on; :class:`CutOff` ends
+    the rounds.
     """
     timings = Timings({case.impl: [] for case in cases})
     timers = {case.impl: Timer(case, device) for case in cases}

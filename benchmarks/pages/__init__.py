@@ -1,1 +1,1 @@
-"""What is shown: docs/results/performance.md and its pictures, from benchmarks/results."""
+"""Renders docs/results/performance.md and its plots from benchmarks/results."""

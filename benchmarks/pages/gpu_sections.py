@@ -1,4 +1,4 @@
-"""The GPU sections of docs/results/performance.md: the loss against its bars, memory-bound passes, heads."""
+"""The GPU sections of docs/results/performance.md: the loss against its targets, memory-bound passes, heads."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import matplotlib.pyplot as plt
 
 from benchmarks.pages.tables import DOCS, Row, load, machine, table, with_mebibytes
 
-# The least ratio to the bare GEMMs on a Hopper GPU, by width and vocabulary: the bars of the design.
+# The design's minimum ratio to the bare GEMMs on a Hopper GPU, by width and vocabulary.
 BARS = {(1024, 32000): 0.85, (4096, 32000): 0.95, (4096, 128256): 0.95, (8192, 128256): 0.96}
 
-# The first columns of a table of losses at given sizes.
+# The first columns of the loss tables.
 SHAPE_AND_TIME = {"N": "N", "D": "D", "V": "V", "impl": "implementation", "ms_median": "ms"}
 
 
 def measured(row: Row) -> Row:
-    """A row as its table shows it: the bar of its shape, the clock while it ran; an error in place of the time."""
+    """Prepares a row for its table: adds the target ratio of its shape and the clock; an error replaces the time."""
     gpu: dict[str, Any] = row.get("gpu") or {}
     shown = with_mebibytes(row) | {"bar": BARS.get((row.get("D", 0), row.get("V", 0))), "mhz": gpu.get("sm_mhz_median")}
     if "error" in row:
@@ -30,7 +30,7 @@ def measured(row: Row) -> Row:
 
 
 def ratio_picture(rows: Sequence[Row], target: Path) -> None:
-    """The ratio of the default chunk to the bare GEMMs, a group of bars for each shape, with the bar to reach."""
+    """Plots the ratio of the default chunk to the bare GEMMs, a group of bars per shape, with the target ratio."""
     ours = [r for r in rows if r["impl"] == "mtp_ext" and "baseline_ratio" in r]
     shapes = list(dict.fromkeys((r["D"], r["V"]) for r in ours))
     heads = sorted({r["n"] for r in ours})
@@ -54,7 +54,7 @@ def ratio_picture(rows: Sequence[Row], target: Path) -> None:
 
 
 def gpu_loss_section(path: Path) -> str:
-    """Against the bare GEMMs over widths, vocabularies, chunks and heads."""
+    """Compares the loss with the bare GEMMs over widths, vocabularies, chunks and heads."""
     env, every = load(path)
     rows = [r for r in every if r["benchmark"] != "gpu_half_ignored"]
     bound = [r for r in every if r["benchmark"] == "gpu_half_ignored"]
@@ -97,7 +97,7 @@ def _bound_table(rows: Sequence[Row]) -> str:
 
 
 def row_pass_section(path: Path) -> str:
-    """The row kernel next to a copy, and decoding next to a read."""
+    """Compares the row kernel with a copy, and decoding with a read."""
     env, rows = load(path)
     passes = {"R": "rows", "V": "V", "impl": "implementation", "ms_median": "ms", "gb_per_s": "GB/s"}
     decoding = {"R": "rows", "D": "D", **{key: name for key, name in passes.items() if key != "R"}}
@@ -112,7 +112,7 @@ def row_pass_section(path: Path) -> str:
 
 
 def heads_section(path: Path) -> str:
-    """Heads that read one trunk: one by one, and together."""
+    """Compares heads on one trunk, one by one and together."""
     env, rows = load(path)
     columns = {"N": "N", "n": "n", "D": "D", "impl": "implementation", "ms_median": "ms"}
     linear = columns | {"baseline_ratio": "ratio to `separate`", "tflop_per_s": "TFLOP/s of 6NnDD", "mhz": "SM MHz"}
@@ -128,7 +128,7 @@ def heads_section(path: Path) -> str:
 
 
 def peers_section(path: Path) -> str:
-    """Against the losses that people train with."""
+    """Compares the loss with other published losses."""
     env, rows = load(path)
     columns = {
         **SHAPE_AND_TIME,

@@ -8,7 +8,7 @@ from benchmarks.pages.tables import Row, load, machine, table, with_mebibytes
 
 
 def loss_section(path: Path) -> str:
-    """Against the bare GEMMs and the peers."""
+    """Compares the loss with the bare GEMMs and the peers."""
     env, rows = load(path)
     columns = {
         "N": "N",
@@ -27,7 +27,7 @@ def loss_section(path: Path) -> str:
 
 
 def options_section(path: Path) -> str:
-    """What each option costs."""
+    """Tabulates the cost of each option."""
     env, rows = load(path)
     shape = rows[0]
     columns = {"impl": "option", "ms_median": "ms", "baseline_ratio": "ratio to `plain`", "extra_mib": "extra MiB"}
@@ -39,7 +39,7 @@ def options_section(path: Path) -> str:
 
 
 def sweep_section(path: Path) -> str:
-    """Against eager over a grid, and the growth with each size."""
+    """Compares the loss with eager torch over a grid, and shows its growth with each size."""
     env, rows = load(path)
     grid = [r for r in rows if r["benchmark"] == "loss_sweep"]
     ours = {(r["N"], r["D"], r["V"]): r for r in grid if r["impl"] == "mtp_ext"}
@@ -72,7 +72,7 @@ def sweep_section(path: Path) -> str:
 
 
 def errors_section(path: Path) -> str:
-    """Errors next to eager's."""
+    """Compares the errors with those of eager torch."""
     env, rows = load(path)
     keys = ("loss", "grad_hidden", "grad_weight")
     lines = [

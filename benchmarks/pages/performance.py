@@ -1,4 +1,4 @@
-"""Turns the committed results into docs/results/performance.md: ``python -m benchmarks.pages.performance``."""
+"""Generates docs/results/performance.md from the committed results: ``python -m benchmarks.pages.performance``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ takes twice as long. Extra memory is the peak that one call adds to what was the
 
 
 def memory_picture(rows: list[Row], target: Path) -> None:
-    """Peak memory of a step against n, one line per schedule."""
+    """Plots the peak memory of a step against n, one line per schedule."""
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     labels = {
         "autograd": "plain torch, all logits",

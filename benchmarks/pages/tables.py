@@ -1,4 +1,4 @@
-"""What every section of docs/results/performance.md is made of: results, Markdown tables, the machine."""
+"""Shared by all sections of docs/results/performance.md: results, Markdown tables, the machine line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def table(columns: dict[str, str], rows: Iterable[Row]) -> str:
-    """A Markdown table: ``columns`` maps a row's key to its heading; missing values are a dash."""
+    """Builds a Markdown table; ``columns`` maps row keys to headings, and missing values become a dash."""
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         values = (row.get(key) for key in columns)
@@ -44,5 +44,5 @@ def machine(env: dict[str, Any], path: Path) -> str:
 
 
 def on_gpu(env: dict[str, Any]) -> str:
-    """What a heading says of a result of a GPU."""
+    """Returns the suffix of a heading for GPU results."""
     return f" on {env['gpu'].get('name')}" if env.get("gpu") else ""

@@ -1,4 +1,4 @@
-"""The architecture sections of docs/results/performance.md: memory and time of a step, and the trained models."""
+"""The architecture sections of docs/results/performance.md: memory and time of a step, and trained models."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ STYLES = {
 
 
 def names_in(rows: Sequence[Row], key: str) -> list[str]:
-    """The values of a key in the order of the rows, each once."""
+    """Returns the distinct values of a key in row order."""
     return list(dict.fromkeys(row[key] for row in rows))
 
 
 def memory_picture(rows: Sequence[Row], target: Path) -> None:
-    """Peak memory of a step against n: a panel for each architecture, a line for each schedule."""
+    """Plots the peak memory of a step against n: a panel per architecture, a line per schedule."""
     variants = names_in(rows, "variant")
     figure, panels = plt.subplots(
         1, len(variants), figsize=(3.2 * len(variants), 3.6), sharey=True, squeeze=False, layout="constrained"
@@ -52,9 +52,9 @@ def memory_picture(rows: Sequence[Row], target: Path) -> None:
 
 
 def head_slope(rows: Sequence[Row]) -> float | None:
-    """MiB per head between the fewest and the most heads.
+    """Returns MiB per head between the fewest and the most heads.
 
-    The gradients of the heads' own parameters are not in it: a step frees those of the step before it, as many bytes.
+    Excludes the gradients of the heads' parameters: a step first frees as many bytes from the previous step.
     """
     known = [r for r in rows if r["peak_extra_bytes"] is not None]
     if len({r["n"] for r in known}) < 2:
@@ -65,13 +65,13 @@ def head_slope(rows: Sequence[Row]) -> float | None:
 
 
 def grouped(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of each architecture and schedule."""
+    """Groups the rows by architecture and schedule."""
     keys = dict.fromkeys((r["variant"], r["impl"]) for r in rows)
     return [[r for r in rows if (r["variant"], r["impl"]) == key] for key in keys]
 
 
 def variants_section(path: Path) -> str:
-    """Memory and time of a step against n."""
+    """Shows memory and time of a step against n."""
     env, rows = load(path)
     picture = DOCS / f"{path.stem}.png"
     memory_picture(rows, picture)
@@ -107,12 +107,12 @@ def variants_section(path: Path) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """``mean (lowest-highest)``."""
+    """Formats values as ``mean (lowest-highest)``."""
     return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def training_section(path: Path) -> str:
-    """The trained architectures side by side."""
+    """Compares the trained architectures."""
     env, rows = load(path)
     lines = []
     for variant in names_in(rows, "variant"):

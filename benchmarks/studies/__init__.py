@@ -1,1 +1,1 @@
-"""What is not timed: errors against float64, and models trained alike. Each is a command of its own."""
+"""Studies outside the timing suites, such as errors against float64 and training runs. Each is its own command."""

@@ -1,9 +1,9 @@
-"""How far the fused loss and its gradients are from float64, next to eager torch in the same dtype.
+"""Errors of the fused loss and its gradients against float64, compared with eager torch in the same dtype.
 
 ``python -m benchmarks.studies.loss_errors --out benchmarks/results/loss_errors_cpu.json``
 
-Each error is the largest over a result, relative to the largest value of that result. Inputs are rounded to the dtype
-before either is computed, so what is measured is arithmetic alone.
+Each error is the maximum over a result, relative to the result's largest value. Inputs are rounded to the dtype first,
+so that only arithmetic errors count.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def inputs(vocab: int, margin: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, weight and targets; with a margin, each target's logit is about that far above all others."""
+    """Returns hidden, weight and targets; with a margin, each target's logit exceeds all others by about that."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(N_ROWS, WIDTH, generator=g)
     weight = torch.randn(vocab, WIDTH, generator=g) / WIDTH**0.5

@@ -1,12 +1,11 @@
-"""Trains the paper's five architectures at equal parameters and steps, and tabulates them: table S4's analogue.
+"""Trains the paper's five architectures at equal parameters and steps, the analogue of its table S4.
 
 ``python -m benchmarks.studies.train_variants --out benchmarks/results/train_variants.json`` takes half an hour on two
-cores; ``python -m benchmarks.pages.performance`` then makes the table.
+cores; ``python -m benchmarks.pages.performance`` then generates the table.
 
-All have the same width and the same number of layers, trunk and heads together; the width of the feed-forward layers
-is what makes their parameters equal, within one percent. Every run is a process of its own (``mtp train``), so that its
-peak memory is its own. Results are written after every run, and a run that the file already holds is not done again:
-the command can be stopped and started.
+All have the same width and the same total number of layers; the width of the feed-forward layers makes their parameter
+counts equal within one percent. Every run is a separate process (``mtp train``), to measure its own peak memory.
+Results are written after every run, and runs already in the file are skipped, so the command can be restarted.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ FF_STEP = 2
 
 
 def equal_shape(variant: str, vocab_size: int, like: MTPConfig) -> MTPConfig:
-    """``like`` as ``variant``, with the feed-forward width that brings its parameters closest to those of ``like``."""
+    """Returns ``like`` as ``variant``, with the feed-forward width that matches its parameter count most closely."""
     target = like.parameter_counts()["total"]
     shapes = [
         dataclasses.replace(like, variant=variant, vocab_size=vocab_size, d_ff=ff_dim)
@@ -89,7 +88,7 @@ def config_of(shape: MTPConfig, seed: int, args: argparse.Namespace, out: Path) 
 
 
 def run_once(variant: str, seed: int, vocab_size: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One run in a process of its own: what its last records say."""
+    """Trains once in a separate process and returns its final records."""
     shape = model_of(variant, vocab_size)
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory, "run")
@@ -146,7 +145,7 @@ def main() -> None:
     found = {(r["variant"], r["seed"], r["steps"]) for r in done}
     data = prepare_data(DataConfig(source=tuple(args.source), tokenizer=VOCABULARY), args.cache)
     document: dict[str, Any] = {"env": describe("cpu"), "rows": done}
-    # Seed by seed, so that what the machine does meanwhile falls on all variants alike.
+    # Seeds in the outer loop, so that drifts of the machine affect all variants alike.
     for seed in args.seeds:
         for variant in args.variants:
             if (variant, seed, args.steps) in found:

@@ -1,1 +1,1 @@
-"""What is measured: ``python -m benchmarks.suites.<name> --device cpu [--quick] [--out FILE]``."""
+"""Benchmark suites: ``python -m benchmarks.suites.<name> --device cpu [--quick] [--out FILE]``."""

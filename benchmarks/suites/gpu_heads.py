@@ -1,8 +1,8 @@
-"""Whether heads that read one trunk gain from work in common: linear heads as one GEMM, and heads that are a norm.
+"""Batching heads on one trunk: linear heads as one GEMM, and norm-only heads in one kernel.
 
 ``n`` linear heads are ``n`` GEMMs ``[N, D] x [D, D]``, or one with their stacked parameters, ``[N, D] x [D, n D]``.
-Stacking costs a copy of the parameters, and in the backward one of the outputs' gradients. ``n`` norms are ``n`` calls,
-of torch's or of ours, or one that reads the trunk once. Forward and backward together, as a replayed graph.
+Stacking costs a copy of the parameters and, in backward, one of the outputs' gradients. ``n`` norms are ``n`` calls of
+torch's or our norm, or one call that reads the trunk once. Forward and backward together, as a replayed graph.
 ``python -m benchmarks.suites.gpu_heads --device cuda --rounds 10 --out benchmarks/results/FILE.json``
 """
 
@@ -29,7 +29,7 @@ def separate(hidden: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def stacked(hidden: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Each head's output is a view of columns, which is how the next operator would get it."""
+    """Runs one stacked GEMM; each head's output is a view of columns, as the next operator would get it."""
     return F.linear(hidden, torch.cat(list(weights))).chunk(len(weights), dim=-1)
 
 
@@ -64,7 +64,7 @@ def cases_of(kind: str, n_rows: int, width: int, device: str) -> Iterator[Case]:
         kind,
         shape={"N": n_rows, "n": N_HEADS, "D": width, "dtype": str(dtype).removeprefix("torch.")},
         flops=6 * n_rows * N_HEADS * width * width if linear else 0,
-        # The trunk once and n outputs; then n gradients, the trunk, and its gradient.
+        # Forward: the trunk and n outputs. Backward: n gradients, the trunk and its gradient.
         bytes=0 if linear else (2 * N_HEADS + 3) * hidden.nbytes,
         repeats=REPEATS,
     )

@@ -1,7 +1,7 @@
 """The fused loss at training sizes against the three bare GEMMs, over widths, vocabularies, chunks and heads.
 
-16384 rows in all, in bfloat16; ``gemms`` accumulates the weight's gradient in float32 as the loss does, and does
-nothing else. Last, a batch with a target in every other row, with and without a bound that the host knows.
+16384 rows in total, in bfloat16; ``gemms`` is only the GEMMs, with the weight's gradient accumulated in float32 as in
+the loss. Last, a batch with a target in every other row, with and without ``max_valid``.
 ``python -m benchmarks.suites.gpu_loss --device cuda --rounds 10 --out benchmarks/results/FILE.json``
 """
 
@@ -20,7 +20,7 @@ from benchmarks.harness.runner import main
 
 N_ROWS = 16384
 CHUNKS = (2048, 4096, 8192)
-# The sizes with a bar first: a run that is cut off should have them.
+# Sizes with a target ratio come first, so that an interrupted run has them.
 SHAPES = ((4096, 128256), (4096, 32000), (1024, 32000), (8192, 128256), (1024, 128256), (8192, 32000))
 
 
@@ -34,7 +34,7 @@ def add_product(grad_weight: Tensor, z: Tensor, h: Tensor, beta: float) -> None:
 def bare_gemms(
     chunk: int, hidden: Tensor, weight: Tensor, logits: Tensor, grad_hidden: Tensor, grad_weight: Tensor
 ) -> None:
-    """``Z = H W^T``, ``dH = Z W``, ``dW += Z^T H`` in chunks of rows, into memory that is already there."""
+    """Computes ``Z = H W^T``, ``dH = Z W``, ``dW += Z^T H`` in chunks of rows, into preallocated memory."""
     for row in range(0, len(hidden), chunk):
         h = hidden[row : row + chunk]
         z = torch.mm(h, weight.t(), out=logits[: len(h)])
@@ -78,7 +78,7 @@ def half_ignored(max_valid: int | None, hidden: Tensor, weight: Tensor, targets:
 
 
 def bound_cases(n_rows: int, width: int, vocab: int, device: str) -> Iterator[Case]:
-    """Every other row is ignored: what a GPU saves that is told so."""
+    """Yields cases that ignore every other row, with and without ``max_valid``."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(n_rows, width, generator=generator, device=device, dtype=dtype).requires_grad_()

@@ -1,7 +1,7 @@
-"""The fused loss on a GPU against the losses that people train with, all in one process, next to the bare GEMMs.
+"""The fused loss on a GPU against other published losses and the bare GEMMs, in one process.
 
-A peer that is not installed is named with the reason in the file's ``absent``; one that fails has an ``error`` in its
-row. ``loss_error`` is how far a peer's loss is from ours, relative to it.
+A peer that is not installed is listed with the reason in the file's ``absent``; one that fails has an ``error`` in its
+row. ``loss_error`` is the relative difference of a peer's loss from ours.
 ``python -m benchmarks.suites.gpu_peers --device cuda --rounds 10 --out benchmarks/results/FILE.json``
 """
 
@@ -18,7 +18,7 @@ from benchmarks.harness.runner import main
 from benchmarks.suites.gpu_loss import bare_gemms
 from benchmarks.suites.linear_cross_entropy import Loss, eager, fused, peers, step
 
-# (N, D, V): the sizes that the peers' authors publish figures of.
+# (N, D, V): the sizes for which the peers' authors publish results.
 SHAPES = ((8192, 4096, 128256), (8192, 4096, 32000))
 FLOOR_CHUNK = 4096
 
@@ -46,13 +46,13 @@ PUBLISHED: dict[str, Callable[[], Loss]] = {"liger": liger, "quack": quack, "cut
 
 
 def published() -> tuple[dict[str, Loss], dict[str, str]]:
-    """The peers that are installed, and of the others why not."""
+    """Returns the installed peers, and why the others are missing."""
     found: dict[str, Loss] = {}
     absent: dict[str, str] = {}
     for name, load in PUBLISHED.items():
         try:
             found[name] = load()
-        except Exception as error:  # a package may also fail while it is imported, for want of its own parts
+        except Exception as error:  # importing may also fail for lack of dependencies
             absent[name] = short(error)
     return found, absent
 

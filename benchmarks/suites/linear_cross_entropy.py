@@ -1,10 +1,10 @@
-"""The fused loss, forward and backward, against the three GEMMs that it cannot do without, and against its peers.
+"""The fused loss, forward and backward, against its three GEMMs alone and against its peers.
 
-``gemms`` multiplies the same operands in chunks and does nothing else: no method that keeps exact gradients can be
-faster. ``python -m benchmarks.suites.linear_cross_entropy --device cpu --out benchmarks/results/FILE.json``
+``gemms`` only multiplies the same operands in chunks, a lower bound for any method with exact gradients.
+``python -m benchmarks.suites.linear_cross_entropy --device cpu --out benchmarks/results/FILE.json``
 
-Where the CPU has no native bfloat16 GEMM (torch then needs minutes for one call at full size), the bfloat16 floor is
-the float32 GEMMs, ``gemms_float32``, and the peers are measured at fewer rows.
+On CPUs without a native bfloat16 GEMM (torch needs minutes per call at full size), the bfloat16 floor is the float32
+GEMMs, ``gemms_float32``, and the peers are measured at fewer rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def bare_gemms(hidden: Tensor, weight: Tensor, logits: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> None:
-    """``Z = H W^T``, ``dH = Z W``, ``dW += Z^T H`` in chunks of rows, into memory that is already there."""
+    """Computes ``Z = H W^T``, ``dH = Z W``, ``dW += Z^T H`` in chunks of rows, into preallocated memory."""
     for row in range(0, len(hidden), CHUNK_ROWS):
         h = hidden[row : row + CHUNK_ROWS]
         z = torch.mm(h, weight.t(), out=logits[: len(h)])
@@ -65,7 +65,7 @@ def step(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[T
 
 
 def shapes(device: str, quick: bool) -> Iterator[tuple[int, int, int, torch.dtype, bool]]:
-    """``(N, D, V, dtype, with peers)``."""
+    """Yields ``(N, D, V, dtype, with peers)``."""
     if quick:
         yield from [(64, 32, 1000, torch.float32, True), (64, 32, 1000, torch.bfloat16, True)]
         return

@@ -1,4 +1,4 @@
-"""What each option of the fused loss costs beside the plain loss, forward and backward, interleaved.
+"""The cost of each option of the fused loss relative to the plain loss, forward and backward, interleaved.
 
 ``python -m benchmarks.suites.loss_options --device cpu --out benchmarks/results/FILE.json``
 """

@@ -1,7 +1,7 @@
-"""The fused loss against eager torch over a grid of sizes, and how its time grows with N, V and n, on the way.
+"""The fused loss against eager torch over a grid of sizes, and its growth with N, V and n.
 
 ``python -m benchmarks.suites.loss_sweep --device cpu --seconds 2 --rounds 300 --out benchmarks/results/FILE.json``:
-calls of a millisecond take the 300 rounds that tell 2 % apart, and longer ones what the seconds hold.
+calls of a millisecond need 300 rounds to resolve 2 %; longer calls take as many rounds as fit in the seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROWS, WIDTHS, VOCABULARIES = (256, 1024, 4096, 16384), (256, 512, 1024), (256, 8
 
 
 def eager_fits(n_rows: int, vocab_size: int, device: str) -> bool:
-    """Whether three tensors of logits (its log-softmax and two gradients) have room."""
+    """Returns True if three tensors of logits (log-softmax and two gradients) fit in memory."""
     free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
     return 3 * 4 * n_rows * vocab_size < 0.8 * free
 
@@ -46,7 +46,7 @@ def heads_step(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 
 def growth(device: str, quick: bool) -> Iterator[Case]:
-    """One size doubled at a time, from n = 1, N = 1024 positions, V = 8192."""
+    """Yields cases that double one size at a time, from n = 1, N = 1024 positions, V = 8192."""
     width, start = (16, (1, 64, 128)) if quick else (256, (1, 1024, 8192))
     for axis, name in enumerate(("n", "N", "V")):
         for factor in (1, 2, 4, 8):

@@ -1,8 +1,8 @@
-"""The passes that memory bounds: the row kernel of the loss, and decoding, against the device's own copy and read.
+"""Memory-bound passes: the row kernel of the loss against a copy, and decoding against a read.
 
-``copy`` moves as many bytes as the row kernel has to (one read and one write of the logits); ``read`` sums the
-unembedding, which decoding has to read once. Short calls are timed as a replayed graph, over several unembeddings in
-turn where one would stay in the L2 cache. ``python -m benchmarks.suites.row_pass --device cuda --out FILE.json``
+``copy`` moves as many bytes as the row kernel must (one read and one write of the logits); ``read`` sums the
+unembedding, which decoding must read once. Short calls are timed as a replayed graph, cycling through several
+unembeddings if one would stay in the L2 cache. ``python -m benchmarks.suites.row_pass --device cuda --out FILE.json``
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REPEATS = 20
 
 
 def row_cases(n_rows: int, vocab: int, device: str) -> Iterator[Case]:
-    """The row kernel works in place, on its own result from the second call on: its time depends on no value."""
+    """Yields cases of the row kernel, which overwrites its input: its time does not depend on the values."""
     logits = torch.randn(n_rows, vocab, device=device, dtype=torch.bfloat16)
     other = torch.empty_like(logits)
     rows, labels = torch.arange(n_rows, device=device), torch.randint(vocab, (1, n_rows), device=device)
@@ -44,7 +44,7 @@ def row_cases(n_rows: int, vocab: int, device: str) -> Iterator[Case]:
 
 
 def in_turn(function: Callable[[Tensor], object], weights: Sequence[Tensor]) -> Callable[[], object]:
-    """Calls of ``function`` with one of ``weights`` after the other."""
+    """Returns a function that calls ``function`` with the next of ``weights`` each time."""
     following = itertools.cycle(weights)
     return lambda: function(next(following))
 

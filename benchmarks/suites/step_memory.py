@@ -1,7 +1,7 @@
-"""Peak memory of one training step against the number of heads, for the three schedules of the model.
+"""Peak memory of one training step against the number of heads, for the model's three schedules.
 
-The paper's argument, measured: with plain torch every head's logits are alive until the backward; in the sequential
-order, with the row-chunked loss, what grows with ``n`` is the heads' own parameters and gradients.
+Measures the paper's argument: with plain torch every head's logits are alive until backward; in the sequential order,
+with the row-chunked loss, only the heads' own parameters and gradients grow with ``n``.
 ``python -m benchmarks.suites.step_memory --device cpu --rounds 3 --out benchmarks/results/FILE.json``
 """
 

@@ -1,8 +1,8 @@
-"""One training step of every architecture, by every schedule, against the number of heads: time and peak memory.
+"""Time and peak memory of one training step against the number of heads, for every architecture and schedule.
 
-What the paper's order promises, measured: of independent heads, memory is flat in ``n`` but for the heads' parameters;
-chained heads add ``B S D`` a head where they run again, one layer's activations where those are kept; plain autograd
-adds the logits of a head, ``B S V``. And the order costs no time next to plain autograd.
+Measures the claims of the paper's order: with independent heads, memory is flat in ``n`` except for the heads'
+parameters; each chained head adds ``B S D`` if recomputed, else one layer's activations; plain autograd adds a head's
+logits, ``B S V``. The order costs no time compared with plain autograd.
 ``python -m benchmarks.suites.variants --device cpu --rounds 3 --out benchmarks/results/FILE.json``
 """
 
@@ -24,7 +24,7 @@ RECOMPUTE = "sequential, recompute"
 
 
 def config_of(variant: str, n_future: int, shape: dict[str, int]) -> MTPConfig:
-    """Two trunk layers below the heads of a variant, whatever they are made of."""
+    """Returns a configuration with two trunk layers below the heads of a variant."""
     return MTPConfig(
         vocab_size=shape["V"],
         d_model=shape["D"],
@@ -37,7 +37,7 @@ def config_of(variant: str, n_future: int, shape: dict[str, int]) -> MTPConfig:
 
 
 class Step:
-    """Forward and backward of a model that is built when it is first needed, for all schedules of its group."""
+    """Runs forward and backward of a model, built on first use and shared by all schedules of its group."""
 
     def __init__(self, config: MTPConfig, batch: int, device: str) -> None:
         self.config, self.batch, self.device = config, batch, device

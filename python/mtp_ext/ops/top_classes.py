@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.backend import backend_of, can_read
 from mtp_ext.ops.common.runtime import is_dtensor
 
 # Limits of the decoding kernel (csrc/kernels/decode.h); larger calls use a GEMM.
@@ -90,7 +90,7 @@ def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == 1:
         best = scores.max(-1, keepdim=True)  # documented to return the first of equal maxima
         return _widened(best.values), best.indices
-    if backend_of(scores.device).sees_values:
+    if can_read(scores):
         values, classes = scores.topk(min(k + 1, scores.shape[1]))
         if not (values[:, 1:] == values[:, :-1]).any():  # topk does not specify the order of ties
             return _widened(values[:, :k]), classes[:, :k]

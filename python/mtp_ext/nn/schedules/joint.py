@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mtp_ext.nn.schedules.head_stack import HeadStack, head_outputs
-from mtp_ext.nn.schedules.step_loss import step_loss
+from mtp_ext.nn.schedules.step_loss import StepLoss, step_loss
 from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.common.runtime import outside_graphs
 from mtp_ext.ops.loss.arguments import Gradients
 from mtp_ext.ops.loss.autograd import with_gradients
 
@@ -20,9 +21,14 @@ def joint_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, t
     with_grad = torch.is_grad_enabled()
     loss = step_loss(heads, hidden, weight, targets, with_grad=with_grad, need_grad_hidden=with_grad)
     outputs = head_outputs(heads, hidden, context, loss.heads, targets.detach_heads)
+    return _loss_of(loss, outputs, weight, targets)
+
+
+@outside_graphs
+def _loss_of(loss: StepLoss, outputs: dict[int, Tensor], weight: Tensor, targets: Targets) -> MultiTokenLoss:
+    """Adds all outputs at once and attaches their gradients."""
     with torch.no_grad():
         grads = loss.add(outputs)
         result = loss.result()
-    inputs = list(outputs.values())
     gradients = Gradients(weight=loss.grad_weight, bias=loss.grad_bias, hidden=[grads[k] for k in outputs])
-    return with_gradients(result, gradients, targets.call, weight, inputs)
+    return with_gradients(result, gradients, targets.call, weight, list(outputs.values()))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtp_ext.ops import reference
 from mtp_ext.ops.common.backend import backend_of
-from mtp_ext.ops.common.checks import check_targets_in_range
+from mtp_ext.ops.common.checks import check_max_valid, check_targets_in_range
 from mtp_ext.ops.common.result import MultiTokenLoss, RowTables, head_metrics
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
 from mtp_ext.ops.loss.arguments import LossCall, Needs
@@ -37,6 +37,7 @@ class OneRowLoss:
         self._call, self._active, self._weight = call, active, weight.detach()
         selected = select_rows(prepared(call), weight.shape[0])
         check_targets_in_range(call.labels, selected.first_invalid, weight.shape[0], call.ignore_index)
+        check_max_valid(selected.counts, call.max_valid)
         self._n_valid = selected.counts
         heads, device = range(1, call.n_heads + 1), call.labels.device
         every = [

@@ -21,10 +21,12 @@ from mtp_ext.nn.schedules.random_state import RandomState
 from mtp_ext.nn.schedules.step_loss import step_loss
 from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.common.runtime import outside_graphs, without_autocast
 from mtp_ext.ops.loss.arguments import Gradients
 from mtp_ext.ops.loss.autograd import with_gradients
 
 
+@outside_graphs
 def sequential_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:
     """Computes loss, metrics and gradients of all heads; arguments as in ``multi_token_loss``."""
     chains = chains_to_run(heads, targets.active)
@@ -236,7 +238,7 @@ class _Sweep:
         if not inputs or not outputs:
             return None
         # Like a backward outside autocast: operations that ran in 16 bits have 16-bit gradients.
-        with torch.autocast(head.x.device.type, enabled=False):
+        with without_autocast(head.x.device):
             grads = list(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True))
         grad_x = grads.pop(0) if head.x.requires_grad else None
         for (parameter, _), grad in zip(pairs, grads, strict=True):

@@ -11,6 +11,7 @@ from mtp_ext.nn.schedules.head_stack import HeadStack
 from mtp_ext.nn.schedules.one_row_loss import OneRowLoss
 from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.common.runtime import outside_graphs
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
 from mtp_ext.ops.loss.arguments import Needs
 
@@ -36,6 +37,7 @@ class StepLoss(Protocol):
         """Returns loss and metrics, once all heads have been added."""
 
 
+@outside_graphs
 def step_loss(
     heads: HeadStack,
     hidden: Tensor,

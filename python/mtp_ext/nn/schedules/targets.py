@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtp_ext.nn.schedules.head_stack import HeadStack
 from mtp_ext.ops.common import checks
-from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.backend import can_read
 from mtp_ext.ops.common.runtime import autocast_dtype
 from mtp_ext.ops.loss.arguments import LossCall
 from mtp_ext.ops.loss.options import RowOptions
@@ -93,7 +93,7 @@ class Targets:
             workspace_bytes=keywords.get("workspace_bytes"),
         )
         call.check_values()
-        known = head_weights if weights is None or not backend_of(weights.device).sees_values else weights
+        known = weights if weights is not None and can_read(weights) else head_weights
         detach_heads = checks.checked_heads("detach_heads", keywords.get("detach_heads", ()), n_heads)
         return Targets(call, _active_heads(known, n_heads), detach_heads)
 
@@ -127,7 +127,7 @@ def _active_heads(head_weights: Tensor | Sequence[float] | None, n_heads: int) -
     if head_weights is None or torch.compiler.is_compiling():
         return every
     if isinstance(head_weights, Tensor):
-        if head_weights.requires_grad or not backend_of(head_weights.device).sees_values:
+        if head_weights.requires_grad or not can_read(head_weights):
             return every
         head_weights = head_weights.tolist()
     return frozenset(k for k, weight in enumerate(head_weights, 1) if weight != 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mtp_ext.nn.config import MTPConfig
 from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.nn.transformer.rotary import rotate, rotation
-from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.backend import can_read
 
 # If documents are shorter than this on average, use one masked call per row instead of one call per document: at 64
 # tokens both take the same time.
@@ -48,7 +48,7 @@ class AttentionContext:
         turns = rotation(torch.arange(seq_len, device=device), config.head_dim, config.rope_theta, dtype)
         if document_ids is None or seq_len == 0:
             return AttentionContext(turns)
-        if backend_of(device).sees_values and not torch.compiler.is_compiling():
+        if can_read(document_ids):
             lengths = document_lengths(document_ids)
             if lengths is not None and len(lengths) == document_ids.shape[0]:
                 return AttentionContext(turns)
@@ -84,10 +84,10 @@ class AttentionContext:
 def document_lengths(document_ids: Tensor) -> list[int] | None:
     """Lengths of the runs of equal ids in ``[B, S]``, row by row; None if an id recurs within a row."""
     batch, seq_len = document_ids.shape
-    starts = torch.ones(batch, seq_len, dtype=torch.bool)
+    starts = torch.ones(batch, seq_len, dtype=torch.bool, device=document_ids.device)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     first = starts.flatten().nonzero().flatten()
-    lengths: list[int] = torch.diff(first, append=torch.tensor([batch * seq_len])).tolist()
+    lengths: list[int] = torch.diff(first, append=torch.tensor([batch * seq_len], device=first.device)).tolist()
     if len(lengths) > batch:
         runs = torch.stack([first // seq_len, document_ids.flatten()[first]])
         if len(torch.unique(runs, dim=1)[0]) < len(lengths):
@@ -124,10 +124,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Maps ``[B, S, D] -> [B, S, D]``."""
-        turned, kept = self.n_heads + self.kv_heads, self.kv_heads
-        qkv = torch.unflatten(self.qkv(x), -1, (turned + kept, self.head_dim))
-        qk, v = torch.split(qkv, [turned, kept], dim=2)
-        q, k = torch.split(rotate(qk, context.turns), [self.n_heads, self.kv_heads], dim=2)
+        n_heads, kv_heads = self.n_heads, self.kv_heads
+        qkv = torch.unflatten(self.qkv(x), -1, (n_heads + 2 * kv_heads, self.head_dim))
+        qk, v = torch.split(qkv, [n_heads + kv_heads, kv_heads], dim=2)
+        q, k = torch.split(rotate(qk, context.turns), [n_heads, kv_heads], dim=2)
         if context.cache is not None and context.positions is not None:
             k, v = context.cache.write(self.layer, k, v, context.positions)
         y: Tensor = self.out(context.attend(q, k, v).flatten(2))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.backend import can_read
 from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
 
 
@@ -18,7 +17,7 @@ def check_tokens(tokens: Tensor, config: MTPConfig, *, past: int = 0) -> None:
     if past + tokens.shape[1] > config.max_seq_len:
         before = f" after {past} cached ones" if past else ""
         raise ValueError(f"tokens must be at most max_seq_len={config.max_seq_len} long, got {tokens.shape[1]}{before}")
-    if backend_of(tokens.device).sees_values and tokens.numel() > 0 and not torch.compiler.is_compiling():
+    if can_read(tokens) and tokens.numel() > 0:
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"tokens must be in [0, {config.vocab_size}), got values from {low} to {high}")

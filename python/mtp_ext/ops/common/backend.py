@@ -27,6 +27,7 @@ _BUILT = tuple(
 )
 
 _TILE_ROWS = 4096
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class Backend:
@@ -145,9 +146,19 @@ class CpuBackend(Backend):
     def scaled(
         self, grads: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None]
     ) -> list[Tensor | None]:
-        if _has_value(by) and by.item() == 1.0:
+        if can_read(by) and by.item() == 1.0:
             return [x if x is None or x.dtype == d else x.to(d) for x, d in zip(grads, dtypes, strict=True)]
         return super().scaled(grads, by, dtypes)
+
+
+class MetaBackend(Backend):
+    """Tensors without data: the shapes of the CPU's native call."""
+
+    native_loss = True
+
+    def __init__(self) -> None:
+        super().__init__("meta")
+        self.is_built = True
 
 
 class CudaBackend(Backend):
@@ -191,9 +202,9 @@ class CudaBackend(Backend):
         return out
 
 
-def _has_value(x: Tensor) -> bool:
-    """Returns True if the host can read ``x``: it is neither traced, nor fake, nor batched by a transform."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
+def can_read(x: Tensor) -> bool:
+    """Returns True if the host can read ``x`` without a sync: on the CPU, and neither traced, nor fake, nor batched."""
+    if not backend_of(x.device).sees_values or torch.compiler.is_compiling() or type(x) not in _PLAIN_TYPES:
         return False
     functorch = torch._C._functorch
     return not functorch.is_functorch_wrapped_tensor(x) and not functorch.is_legacy_batchedtensor(x)
@@ -210,7 +221,7 @@ def has_fast_bfloat16_gemm() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-_BACKENDS: dict[str, Backend] = {"cpu": CpuBackend(), "cuda": CudaBackend()}
+_BACKENDS: dict[str, Backend] = {"cpu": CpuBackend(), "cuda": CudaBackend(), "meta": MetaBackend()}
 forced: Backend | None = None
 
 

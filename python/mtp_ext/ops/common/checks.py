@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.backend import backend_of, can_read
 from mtp_ext.ops.common.runtime import debug_checks_enabled, is_dtensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,6 +41,8 @@ def check_tensor(
         raise TypeError(f"{name} must be a tensor {shape} of {_names(dtypes)}, got {describe(x)}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {shape} of dtype {_names(dtypes)}, got {describe(x)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor {shape}, got {x.layout}: pass {name}.to_dense()")
     if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device} like hidden, got {describe(x)}")
 
@@ -76,8 +80,10 @@ def check_like_labels(labels: Tensor, document_ids: Tensor | None, token_weights
 
 def check_int(name: str, x: object, or_none: str = "") -> None:
     """Raises TypeError unless ``x`` is an int."""
-    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+    if isinstance(x, bool) or not isinstance(x, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int{or_none}, got {describe(x)}")
+    if not isinstance(x, torch.SymInt) and not -(2**63) <= int(x) < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {x}")
 
 
 def check_positive_int(name: str, x: int | None) -> None:
@@ -105,8 +111,15 @@ def check_group(group: object) -> None:
 
 def check_number(name: str, x: object, or_none: str = "") -> None:
     """Raises TypeError unless ``x`` is a float or an int."""
-    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+    if isinstance(x, bool) or not isinstance(x, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number{or_none}, got {describe(x)}")
+
+
+def python_number(x: Any) -> Any:
+    """Returns numbers of other libraries (numpy's) as Python's, which operators take; others as they are."""
+    if isinstance(x, (int, float)) or not isinstance(x, numbers.Real):
+        return x
+    return int(x) if isinstance(x, numbers.Integral) else float(x)
 
 
 def check_same_dtype(hidden_dtype: torch.dtype, name: str, x: Tensor, autocast: bool) -> None:
@@ -118,7 +131,7 @@ def check_same_dtype(hidden_dtype: torch.dtype, name: str, x: Tensor, autocast: 
 
 def check_targets_in_range(labels: Tensor, first_invalid: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raises ValueError for a label that is not a class; on a GPU only with debug checks, because it syncs."""
-    if backend_of(labels.device).sees_values or debug_checks_enabled():
+    if can_read(first_invalid) or debug_checks_enabled():
         check_first_invalid(int(first_invalid.item()), labels, vocab_size, ignore_index)
 
 
@@ -134,7 +147,7 @@ def check_first_invalid(at: int, labels: Tensor, vocab_size: int, ignore_index: 
 
 def check_max_valid(n_valid: Tensor, max_valid: Sequence[int] | None) -> None:
     """Raises ValueError if a head has more than ``max_valid`` targets; on a GPU only with debug checks."""
-    if max_valid is None or not (backend_of(n_valid.device).sees_values or debug_checks_enabled()):
+    if max_valid is None or not (can_read(n_valid) or debug_checks_enabled()):
         return
     for k, (count, limit) in enumerate(zip(n_valid.tolist(), max_valid, strict=True), 1):
         if count > limit:
@@ -181,9 +194,9 @@ def checked_normalizer(normalizer: object) -> str | float | Tensor:
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer must be 0-d where it is a tensor, got {describe(normalizer)}")
         return normalizer
-    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+    if isinstance(normalizer, bool) or not isinstance(normalizer, numbers.Real):
         raise TypeError(f"normalizer must be 'per_head', a number or a 0-d tensor, got {describe(normalizer)}")
-    if not normalizer > 0:
+    if not float(normalizer) > 0:
         raise ValueError(f"normalizer must be positive, got {normalizer}")
     return float(normalizer)
 
@@ -192,7 +205,7 @@ def checked_max_valid(max_valid: int | Sequence[int] | None, n_heads: int) -> li
     """Returns one bound per head, from ``n`` bounds or one for all."""
     if max_valid is None:
         return None
-    limits = list(max_valid) if isinstance(max_valid, Sequence) else [max_valid] * n_heads
+    limits = [python_number(x) for x in (max_valid if isinstance(max_valid, Sequence) else [max_valid] * n_heads)]
     for limit in limits:
         check_int("max_valid", limit, f", {n_heads} ints or None")
         if limit < 0:

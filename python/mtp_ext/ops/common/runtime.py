@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 _debug_checks = False
 
@@ -13,9 +18,20 @@ _debug_checks = False
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Returns the autocast dtype for ``x``'s device, or None if autocast is off or ``x`` is float64."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Disables autocast on a device; does nothing for one that has none (meta)."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+def outside_graphs(function: _Function) -> _Function:
+    """Excludes a function from the graphs of torch.compile, because native calls in it write to their arguments."""
+    disabled: _Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def is_dtensor(x: object) -> bool:

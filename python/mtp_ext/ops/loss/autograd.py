@@ -138,7 +138,6 @@ class RowLosses(torch.autograd.Function):
             normalizer=1.0,
             row_scale=grad_losses.reshape(-1),
             lse_grad=grad_lse.reshape(-1),
-            max_valid=ctx.call.max_valid,
         )
         if _is_traced(weight, *hidden):
             outputs = torch.ops.mtp_ext._row_losses_backward(hidden, weight, *call.pack(), needs)

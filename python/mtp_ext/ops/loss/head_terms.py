@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.backend import backend_of, can_read
 from mtp_ext.ops.loss.arguments import LossCall
 from mtp_ext.ops.loss.row_kernels import RowScales
 from mtp_ext.ops.loss.row_selection import RowSelection
@@ -90,7 +90,7 @@ def _row_scales(call: LossCall, heads: Tensor, vocab_size: int, shard: Vocabular
         return RowScales(heads, class_weight_sum=float(vocab_size))
     total = weights.double().sum()
     total = total if shard is None else shard.sum_(total)
-    if backend_of(total.device).sees_values:
+    if can_read(total):
         return RowScales(heads, class_weight_sum=float(total))
     return RowScales(heads, class_weight_total=total.reshape(1))
 

@@ -92,7 +92,8 @@ def _(
 
     results = [new()]
     if flags & FLAG_MEASURES:
-        results += [new(n), new(n, dtype=torch.int64), new(n), new(*table), new(*table), new(*table, dtype=torch.int32)]
+        results += [new(n), new(n, dtype=torch.int64), new(n)]
+        results += RowTables.zeros(*table, dtype=acc, device=weight.device)
     results += [new(*weight.shape)] if flags & FLAG_WEIGHT else []
     results += [new(weight.shape[-2])] if flags & FLAG_BIAS else []
     results += [h.new_empty(h.shape, dtype=saved_grad_dtype(h)) for h in hidden] if flags & FLAG_HIDDEN else []
@@ -115,7 +116,7 @@ class NativeHeads:
         checks.check_targets_in_range(self.call.labels, selected.first_invalid, weight.shape[-2], call.ignore_index)
         checks.check_max_valid(selected.counts, call.max_valid)
         self.n_valid = selected.counts
-        self.denominators = torch.zeros(call.n_heads, dtype=call.acc_dtype)
+        self.denominators = torch.zeros(call.n_heads, dtype=call.acc_dtype, device=weight.device)
         self._tables = RowTables.zeros(call.n_heads, *call.row_shape, dtype=call.acc_dtype, device=weight.device)
 
     def row_tables(self) -> RowTables:

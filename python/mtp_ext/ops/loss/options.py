@@ -52,7 +52,8 @@ class RowOptions:
 
     def pack(self) -> list[float]:
         """Returns the scalars in the order of ``RowOptions::of`` in ``csrc/core/row_loss.h``."""
-        return [self.label_smoothing, self.z_loss, self.softcap or 0.0, self.logit_scale]
+        scalars = (self.label_smoothing, self.z_loss, self.softcap or 0.0, self.logit_scale)
+        return [checks.python_number(x) for x in scalars]
 
     @staticmethod
     def unpack(packed: list[float], class_weights: Tensor | None) -> RowOptions:

@@ -39,6 +39,8 @@ def takes(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, re
         and weight.shape[1] == hidden.shape[-1]
         and targets.shape == hidden.shape[:-1]
         and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
+        and hidden.layout == weight.layout == targets.layout == torch.strided
         and reduction in ("mean", "sum")
         and not torch.is_autocast_enabled("cpu")
         and backend.forced is None

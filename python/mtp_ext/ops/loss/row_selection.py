@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.backend import can_read
 from mtp_ext.ops.loss.arguments import LossCall
 from mtp_ext.ops.loss.row_kernels import SelectedRows
 
@@ -37,7 +37,7 @@ class RowSelection:
     def of(selected: SelectedRows, call: LossCall) -> RowSelection:
         """Chooses the rows to process from those of :func:`mtp_ext.ops.loss.row_kernels.select_rows`."""
         rows_per_head = call.rows_per_head
-        if backend_of(selected.rows.device).sees_values:
+        if can_read(selected.counts):
             offsets = _offsets(selected.counts.tolist())
             rows = selected.rows[: offsets[-1]]
             return RowSelection(rows, offsets, rows_per_head, rows)

@@ -86,3 +86,26 @@ def errors_section(path: Path) -> str:
         "value, against float64 on the same (rounded) inputs; in brackets that of eager torch in the same dtype.\n\n"
         + table(columns, lines)
     )
+
+
+def before_after_section(path: Path) -> str:
+    """Tabulates two versions of the package, each against a yardstick in its own process."""
+    env, rows = load(path)
+    lines: list[Row] = []
+    for row in rows:
+        gains = [b / a for b, a in zip(row["before_ratios"], row["after_ratios"], strict=True)]
+        lines.append(
+            row
+            | {"before": f"{row['before_ratio']:.3f}", "after": f"{row['after_ratio']:.3f}"}
+            | {name: f"{row[name]:.2f}" for name in ("before_ms", "after_ms")}
+            | {"gain": f"{row['before_ratio'] / row['after_ratio']:.2f} ({min(gains):.2f}-{max(gains):.2f})"}
+        )
+    columns = {
+        **{"case": "case, forward and backward", "before_ms": "ms before", "after_ms": "ms after"},
+        **{"before": "of the yardstick, before", "after": "after", "gain": "gain (range over the rounds)"},
+    }
+    return (
+        f"\n## Before and after: {path.stem.removeprefix('before_after_')}\n\n{machine(env, path)}\n"
+        "Both versions were timed in turns, each case against its yardstick in the same process; a ratio below 1 is "
+        "faster than the yardstick.\n\n" + table(columns, lines)
+    )

@@ -10,7 +10,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.pages.gpu_sections import gpu_loss_section, heads_section, peers_section, row_pass_section
-from benchmarks.pages.loss_sections import errors_section, loss_section, options_section, sweep_section
+from benchmarks.pages.loss_sections import (
+    before_after_section,
+    errors_section,
+    loss_section,
+    options_section,
+    sweep_section,
+)
 from benchmarks.pages.tables import DOCS, RESULTS, Row, load, machine, on_gpu, table, with_mebibytes
 from benchmarks.pages.variant_sections import training_section, variants_section
 
@@ -63,6 +69,7 @@ SECTIONS = {
     "loss_options": options_section,
     "loss_sweep": sweep_section,
     "loss_errors": errors_section,
+    "before_after": before_after_section,
     "step_memory": memory_section,
     "variants": variants_section,
     "train_variants": training_section,

@@ -1,7 +1,7 @@
-"""Two versions of the package on the same cases: ``python -m benchmarks.studies.before_after --before DIR``.
+"""Compares two versions of the package on the same cases: ``python -m benchmarks.studies.before_after --before DIR``.
 
-A version is a checkout with its extension built. Both cannot be loaded into one process, so each case is timed against
-a yardstick of plain torch in the same process, processes of the two versions take turns, and their ratios are compared.
+A version is a checkout with its extension built. One process cannot load both, so each case is timed against a plain
+torch reference in the same process, processes of the two versions alternate, and their ratios are compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODELS = {
 
 
 def cases() -> Iterator[tuple[str, Pair]]:
-    """Names, and what is timed with its yardstick: eager torch, the loop's bare GEMMs, or the autograd schedule."""
+    """Yields names and functions, each with its reference: eager torch, the bare GEMMs, or the autograd schedule."""
     import mtp_ext
 
     def loss_pair(n: int, width: int, vocab: int) -> Pair:
@@ -49,12 +49,13 @@ def cases() -> Iterator[tuple[str, Pair]]:
     ours, _ = loss_pair(1024, 512, 32_000)
     yield "loss, N = 1024, D = 512, V = 32000, against its GEMMs", (ours, bare_gemms(1024, 512, 32_000))
     for name, shape in MODELS.items():
+        yield f"heads alone, linear, {name}, sequential against autograd", heads_pair(**shape)
         for schedule in SCHEDULES:
             yield f"step, {name}, {schedule} against autograd", step_pair(schedule, **shape)
 
 
 def bare_gemms(n: int, width: int, vocab: int, rows: int = 512) -> Callable[[], object]:
-    """The three products of the loss, chunk by chunk."""
+    """Returns a function that computes the three GEMMs of the loss, chunk by chunk."""
     hidden, weight = torch.randn(n, width), torch.randn(vocab, width)
     logits, grad, total = torch.empty(rows, vocab), torch.empty(rows, width), torch.zeros(vocab, width)
 
@@ -69,7 +70,7 @@ def bare_gemms(n: int, width: int, vocab: int, rows: int = 512) -> Callable[[], 
 
 
 def step_pair(schedule: str, d_model: int, vocab_size: int, batch: int, seq_len: int) -> Pair:
-    """A training step of a model with four parallel heads and two trunk layers."""
+    """Returns a training step of a model with four parallel heads and two trunk layers, and its reference."""
     from mtp_ext.nn import MTPConfig, MTPModel
 
     model = MTPModel(MTPConfig(vocab_size, d_model, n_layers=6, n_attn_heads=2, n_future=4, max_seq_len=seq_len))
@@ -81,8 +82,23 @@ def step_pair(schedule: str, d_model: int, vocab_size: int, batch: int, seq_len:
     return step(schedule), step("autograd")
 
 
+def heads_pair(d_model: int, vocab_size: int, batch: int, seq_len: int) -> Pair:
+    """Four linear heads on given hidden states: little but the loss."""
+    from mtp_ext.nn import MTPConfig, MTPModel
+
+    config = MTPConfig(vocab_size, d_model, n_layers=1, n_attn_heads=2, n_future=4, variant="linear")
+    heads = MTPModel(config).heads
+    hidden = torch.randn(batch, seq_len, d_model, requires_grad=True)
+    labels = torch.randint(vocab_size, (batch, seq_len + 4))
+
+    def step(schedule: str) -> Callable[[], object]:
+        return lambda: heads(hidden, labels, schedule=schedule).loss.backward()
+
+    return step("sequential"), step("autograd")
+
+
 def measure(seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each case, and its ratio to the yardstick: medians of interleaved calls."""
+    """Measures milliseconds of each case and its ratio to the reference: medians of interleaved calls."""
     found = {}
     for name, pair in cases():
         times: tuple[list[float], list[float]] = ([], [])
@@ -92,13 +108,13 @@ def measure(seconds: float) -> dict[str, list[float]]:
                 start = time.perf_counter()
                 function()
                 taken.append(1e3 * (time.perf_counter() - start))
-        ours, yardstick = (taken[len(taken) // 10 + 1 :] for taken in times)  # the first calls warm up
+        ours, yardstick = (taken[len(taken) // 10 + 1 :] for taken in times)  # without the warm-up calls
         found[name] = [median(ours), median(a / b for a, b in zip(ours, yardstick, strict=True))]
     return found
 
 
 def child(package: Path, seconds: float) -> dict[str, list[float]]:
-    """:func:`measure` with the package of a checkout."""
+    """Runs :func:`measure` with the package of a checkout."""
     here = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "benchmarks.studies.before_after", "--child", "--seconds", str(seconds)]
     environment = os.environ | {"PYTHONPATH": f"{package.resolve() / 'python'}{os.pathsep}{here}"}
@@ -108,7 +124,7 @@ def child(package: Path, seconds: float) -> dict[str, list[float]]:
 
 
 def compare(before: Path, after: Path, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """One row per case: medians over the rounds of both versions."""
+    """Returns one row per case: medians over the rounds of both versions."""
     runs: dict[str, list[dict[str, list[float]]]] = {"before": [], "after": []}
     for i in range(rounds):
         for version, package in sorted({"before": before, "after": after}.items(), reverse=i % 2 == 0):
@@ -139,7 +155,7 @@ def main() -> None:
         return
     rows = compare(args.before, args.after, args.rounds, args.seconds)
     if args.out is not None:
-        # Here, because a child with another version of the package cannot import them.
+        # Imported here, because a child with another version of the package cannot import them.
         from benchmarks.harness.machine import describe
         from benchmarks.harness.runner import write_atomically
 

@@ -148,7 +148,7 @@ def test_distributed_tensors_are_refused_with_the_fix() -> None:
     init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         sharded = distribute_tensor(torch.randn(V + 1, D), init_device_mesh("cpu", (2,)))
-        with pytest.raises(TypeError, match=r"weight must be a local tensor .*to_local"):
+        with pytest.raises(TypeError, match=r"weight must be a local tensor .*grad_placements"):
             linear_cross_entropy(**good_rows() | {"weight": sharded})
     finally:
         destroy_process_group()

@@ -34,8 +34,9 @@ def check_tensor(
     """Raises TypeError unless ``x`` is a plain tensor of one of ``dtypes``, ValueError if it is on another device."""
     if is_dtensor(x):
         raise TypeError(
-            f"{name} must be a local tensor {shape}, got a DTensor: pass {name}.to_local(), or full_tensor() if it "
-            "is sharded along a dimension that the loss needs whole"
+            f"{name} must be a local tensor {shape}, got a DTensor. Of a module that FSDP2 shards, call unshard() and "
+            f"pass its parameter again; or pass {name}.full_tensor(grad_placements=[Partial('avg')]): without "
+            "grad_placements each process keeps its own gradient"
         )
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {shape} of {_names(dtypes)}, got {describe(x)}")

@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BUILD ?= build/native
 ARGS ?=
+PYTEST = python -m pytest -n 2 --dist worksteal
 # Not exported to all recipes: `env` must find the base interpreter, not the one that it made.
 USE = export PATH="$(CURDIR)/$(VENV)/bin:$$PATH";
 
@@ -12,7 +13,7 @@ NATIVE_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tes
   tests/native/emulator/*.h tests/native/emulator/*.cpp tests/native/emulator/include/*.h examples/cpp/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test native sanitize lint format types bench fuzz clean distclean
+.PHONY: help env train quick test native sanitize lint format types bench fuzz clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,9 +28,13 @@ env: ## .venv with the extension built in place (every command below does this f
 train: env ## train the n=4 model on the standard library's source; ARGS="--help" tells its options
 	@$(USE) mtp train $(ARGS)
 
+quick: EXTRAS = test
+quick: env ## pytest without what is marked slow, and without the native tests: under a minute on two cores
+	@$(USE) $(PYTEST) -m "not slow" $(ARGS)
+
 test: EXTRAS = test
 test: env ## all tests: pytest, then the native ones; ARGS="-k name" selects in pytest
-	@$(USE) python -m pytest -n 2 $(ARGS)
+	@$(USE) $(PYTEST) $(ARGS)
 	@$(MAKE) --no-print-directory native
 
 native: EXTRAS = test
@@ -59,7 +64,7 @@ bench: env ## every benchmark; ARGS="--quick --device cpu" for a look
 
 fuzz: EXTRAS = test
 fuzz: env ## the property tests with many more examples
-	@$(USE) python -m pytest -n 2 -m hypothesis --hypothesis-profile=fuzz --timeout=0 $(ARGS)
+	@$(USE) $(PYTEST) -m hypothesis --hypothesis-profile=fuzz --timeout=0 $(ARGS)
 
 clean: ## remove what was built, and the tools' caches
 	rm -rf build dist python/*.egg-info python/mtp_ext/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

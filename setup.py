@@ -28,7 +28,7 @@ TORCH = Version(torch.__version__)
 
 
 def check_toolchain() -> None:
-    """Stops with one sentence unless torch is new enough and the compiler takes the C++ standard torch asks for."""
+    """Exits with a one-line message if torch is too old or the compiler lacks the C++ standard that torch requires."""
     if TORCH.release < (2, 11):
         raise SystemExit(f"mtp_ext: torch {TORCH} is too old: `pip install 'torch>=2.11'`")
     cxx = shlex.split(cpp_extension.get_cxx_compiler())
@@ -41,11 +41,11 @@ def check_toolchain() -> None:
 
 
 def want_cuda() -> bool:
-    """MTP_EXT_CUDA, resolved; a CUDA build that was asked for and cannot be had is an error, never a CPU build."""
+    """Resolves MTP_EXT_CUDA; an explicit CUDA build that is not possible is an error, never a CPU build."""
     mode = os.environ.get("MTP_EXT_CUDA", "auto")
     if mode not in ("auto", "1", "0"):
         raise SystemExit(f"mtp_ext: MTP_EXT_CUDA must be auto, 1 or 0, not '{mode}'")
-    home = cpp_extension.CUDA_HOME  # None for a CPU build of torch, whatever is installed
+    home = cpp_extension.CUDA_HOME  # None for a CPU build of torch, even with a toolkit installed
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     missing = [] if torch.version.cuda else [f"a CUDA build of torch (torch {TORCH} has none)"]
     missing += [] if nvcc else ["nvcc (install the CUDA toolkit, or set CUDA_HOME to it)"]
@@ -62,7 +62,7 @@ def want_cuda() -> bool:
 
 
 check_toolchain()
-os.chdir(ROOT)  # setuptools wants relative sources
+os.chdir(ROOT)  # setuptools requires relative sources
 CUDA = want_cuda()
 os.environ.setdefault("MAX_JOBS", str(max(2, os.cpu_count() or 2)))
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", Path("cmake/default_archs.txt").read_text().strip())

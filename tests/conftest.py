@@ -26,6 +26,8 @@ def missing_gpu() -> str | None:
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # under xdist the processes are the parallelism
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start: threads that wait for a core spin
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of compilers, which would import torch again
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

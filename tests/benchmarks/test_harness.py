@@ -85,6 +85,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"rows": [1]} and os.listdir(path.parent) == ["x.json"]
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_rows_with_their_environment_and_peak_memory(tmp_path: Path) -> None:
     (tmp_path / "bench_hold.py").write_text(MODULE)
     command = [sys.executable, "-m", "bench_hold", "--device", "cpu", "--quick", "--rounds", "1", "--threads", "1"]
@@ -174,6 +175,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_sigterm_writes_what_was_measured_and_a_failure_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "bench_slow.py").write_text(SLOW_MODULE)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "python")])}

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.pages import variant_sections
 from benchmarks.studies.train_variants import model_of
 from benchmarks.suites.variants import PAPER_VARIANTS
 from tests.train.tiny import write_corpus
 
-ROOT = Path(__file__).resolve().parents[2]
 ENV = {"cpu": "a CPU", "threads": 2, "torch": "2.13.0", "commit": "0123456789abcdef"}
 
 
@@ -28,15 +27,23 @@ def test_the_five_models_have_equal_parameters_and_layers(vocab_size: int) -> No
     assert len({m.n_layers for m in models}) == 1
 
 
-def test_a_run_is_recorded_once(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_is_recorded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command in this process; the run is a process of its own."""
     write_corpus(tmp_path / "corpus", files=40)
-    command = [sys.executable, "-m", "benchmarks.studies.train_variants", "--quick", "--out", str(tmp_path / "o.json")]
-    command += ["--variants", "anticausal", "--seeds", "0", "--source", str(tmp_path / "corpus"), "--threads", "1"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
-    for _ in range(2):
-        command_with_cache = [*command, "--cache", str(tmp_path / "cache")]
-        done = subprocess.run(command_with_cache, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+    options = ["--quick", "--out", str(tmp_path / "o.json"), "--cache", str(tmp_path / "cache"), "--threads", "1"]
+    options += ["--variants", "anticausal", "--seeds", "0", "--source", str(tmp_path / "corpus")]
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets
+    monkeypatch.setattr(sys, "argv", ["train_variants", *options])
+    try:
+        for shown in (1, 0):
+            runpy.run_module("benchmarks.studies.train_variants", run_name="__main__", alter_sys=True)
+            assert capsys.readouterr().out.count("anticausal") == shown
+    finally:
+        torch.set_num_threads(threads)
     document = json.loads((tmp_path / "o.json").read_text())
     (row,) = document["rows"]
     assert (row["variant"], row["seed"], row["steps"]) == ("anticausal", 0, 3)

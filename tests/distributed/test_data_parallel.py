@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from mtp_ext.nn import MTPConfig, MTPModel
+from tests.support import forked
 
+pytestmark = pytest.mark.slow
 SHAPE = {"vocab_size": 37, "d_model": 16, "n_attn_heads": 2, "d_ff": 24, "n_future": 3}
 VARIANTS = ("parallel", "linear", "replicated", "causal", "anticausal", "sequential_modules", "shared")
 
@@ -43,7 +44,7 @@ def worker(rank: int, store: str, out: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_ddp_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    forked.call_ranks(worker, 2, str(tmp_path / "store"), str(tmp_path / "out"))
     ranks = [torch.load(tmp_path / f"out.{rank}") for rank in (0, 1)]
     labels = make_labels()
     for variant in VARIANTS:

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.support import forked
 from tests.support.accuracy import assert_accurate
 from tests.support.drawn_calls import calls
 from tests.support.loss_calls import OF_CLASSES, Call, Results, Shard, run
 
+pytestmark = pytest.mark.slow
 RANKS = 2
 SECONDS = 60  # more than any call takes: a rank that waits for another one is a failure, not a hang
 
@@ -61,10 +62,9 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    context = mp.get_context("spawn")
-    pipes = [context.Pipe() for _ in range(RANKS)]
+    pipes = [forked.CONTEXT.Pipe() for _ in range(RANKS)]
     store = str(tmp_path_factory.mktemp("ranks") / "store")
-    processes = [context.Process(target=serve, args=(i, store, far)) for i, (_, far) in enumerate(pipes)]
+    processes = [forked.CONTEXT.Process(target=serve, args=(i, store, far)) for i, (_, far) in enumerate(pipes)]
     for process in processes:
         process.start()
     yield Ranks([near for near, _ in pipes])

@@ -11,17 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from mtp_ext.nn import ComposedModel, MTPConfig, MTPModel
 from mtp_ext.nn.variants import VARIANTS
+from tests.support import forked
 
 if dist.is_available():
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
+]
 
 V, S, N = 37, 10, 3
 SHAPE = {"vocab_size": V, "d_model": 16, "n_attn_heads": 2, "d_ff": 24, "n_future": N}
@@ -349,7 +352,7 @@ def worker(rank: int, store: str, out: str) -> None:
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """One pair of processes for everything: to start it takes longer than twenty of the cases."""
-    mp.spawn(worker, args=(str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2)
+    forked.call_ranks(worker, 2, str(tmp_path / "store"), str(tmp_path / "out"))
     for rank in (0, 1):
         found = torch.load(tmp_path / f"out.{rank}")
         assert found.keys() == cases().keys()

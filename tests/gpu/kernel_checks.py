@@ -125,5 +125,6 @@ def tensors_that_are_not_aligned_give_the_same(device: torch.device) -> None:
 
 @check()
 def decoding_with_a_large_vocabulary(device: torch.device) -> None:
+    vocab = 128256 if device.type == "cuda" else 8192  # a CPU shows that the check is right, not the kernel
     for rows in (1, 8, 32, 64, 65):
-        compare_decode(device, rows, 128256, 1024, torch.bfloat16)
+        compare_decode(device, rows, vocab, 1024, torch.bfloat16)

@@ -59,6 +59,7 @@ def measure_step(n_future: int, schedule: str) -> dict[str, int]:
     return {"step": forked.peak_bytes() - before, "heads": config.parameter_counts()["heads"] * 4}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
 def test_eight_heads_peak_like_one_but_for_their_gradients() -> None:
     """Resident memory, of the step alone: what the process held before it would hide a growth."""

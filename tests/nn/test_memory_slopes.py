@@ -18,6 +18,7 @@ from mtp_ext.nn import MTPModel
 from mtp_ext.nn.schedules.head_stack import head_outputs
 from tests.nn.conftest import ALL_VARIANTS
 
+pytestmark = pytest.mark.slow
 Make = Callable[..., Any]
 BATCH, SEQ_LEN, WIDTH, VOCAB_SIZE = 2, 600, 16, 500
 ROW_BYTES = 24  # a row's index, loss, log-sum-exp and prediction

@@ -233,6 +233,7 @@ def test_small_and_empty_batches(shape: tuple[int, int], make_model: Make) -> No
     assert model(tokens).shape == (*shape, 37)
 
 
+@pytest.mark.slow
 def test_the_trunk_compiles_to_one_graph(make_model: Make, make_batch: Make) -> None:
     model = make_model(2, n_layers=3)
     tokens, labels = make_batch(2)

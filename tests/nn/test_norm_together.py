@@ -131,6 +131,7 @@ def test_without_the_kernel_every_head_runs(replicated: MTPModel) -> None:
         torch.testing.assert_close(together[k], outputs[k])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["parallel", "replicated"])
 def test_logits_of_all_heads_compile_to_one_graph(variant: str, make_model: Make, make_batch: Make) -> None:
     model, (tokens, _) = make_model(2, variant=variant, dtype=torch.float32), make_batch(2)

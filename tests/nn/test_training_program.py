@@ -225,6 +225,7 @@ def test_clipped_steps_end_at_the_same_parameters(variant: str, make_model: Make
         assert losses[schedule] == pytest.approx(losses["autograd"], rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["parallel", "linear", "causal", "sequential_modules"])
 def test_compiled_trunk_and_head_blocks(
     variant: str, make_model: Make, make_batch: Make, relative_error: Error

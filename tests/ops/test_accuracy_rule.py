@@ -49,6 +49,7 @@ def draw(seed: int) -> Call:
     return Call(dtype, tensors, dict(OPTIONS[seed % len(OPTIONS)]), heads=True, gradient_seed=seed)
 
 
+@pytest.mark.slow
 def test_honest_results_pass(backend: Backend) -> None:
     for seed in range(DRAWS):
         assert_accurate(draw(seed))

@@ -79,6 +79,7 @@ def test_shapes(shape: str, dtype: torch.dtype) -> None:
     assert_accurate(make_call(dtype, shape=SHAPES[shape]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "some ignored"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_threads_share_out(dtype: torch.dtype, ignored: bool) -> None:

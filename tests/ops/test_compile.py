@@ -52,6 +52,7 @@ def one_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("function", [n_heads, head_sequence, rows, one_head])
 def test_compile_full_graph(function: Callable[..., Tensor], backend: str) -> None:

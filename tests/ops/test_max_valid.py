@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtp_ext import count_targets, linear_cross_entropy, multi_token_cross_entropy
+from mtp_ext.ops.common.backend import Backend, use_backend
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
 from mtp_ext.ops.loss.arguments import LossCall, Needs
 from mtp_ext.ops.loss.row_selection import valid_rows_first
@@ -39,7 +40,7 @@ def gemm_flop(label_len: int, max_valid: list[int] | None) -> int:
     """FLOP of the matrix products of a loss whose row counts nobody can read: tensors without values."""
     labels = torch.empty(B, label_len, dtype=torch.int64, device="meta")
     hidden, weight = torch.empty(N, B, S, D, device="meta"), torch.empty(V, D, device="meta")
-    with FlopCounterMode(display=False) as counter:
+    with use_backend(Backend("meta")), FlopCounterMode(display=False) as counter:  # the loop that a GPU runs
         call = LossCall(labels, S, N, 1, torch.float32, chunk_rows=50, max_valid=max_valid)
         HeadLossAccumulator(call, weight, Needs(True, True, False)).add_all([hidden])
     flop: int = counter.get_total_flops()

@@ -15,6 +15,7 @@ import pytest
 
 from mtp_ext import _C
 
+pytestmark = pytest.mark.slow
 LEVELS = ("plain", "avx2", "avx512")
 ENVIRONMENTS = {
     "plain": {"MTP_EXT_CPU_CAPABILITY": "plain", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},

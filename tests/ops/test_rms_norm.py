@@ -77,7 +77,7 @@ def test_the_kernels_path_honours_what_is_frozen(kernel_on_cpu: None, frozen: st
     assert {name for name, t in named.items() if t.grad is not None} == named.keys() - {frozen}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_kernels_path_compiles_to_one_graph(kernel_on_cpu: None, backend: str) -> None:
     def function(x: Tensor, weights: Tensor) -> Tensor:
         return rms_norm_heads(x, weights, EPS).square().sum() + rms_norm(x, weights[0], EPS).sin().sum()

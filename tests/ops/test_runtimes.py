@@ -166,6 +166,7 @@ def test_sparse_tensors(name: str) -> None:
         linear_cross_entropy(**made, targets=torch.randint(VOCAB, (ROWS,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["sequential", "joint"])
 @pytest.mark.parametrize("variant", ["parallel", "causal", "shared"])
 def test_compiled_models_take_changing_lengths(variant: str, schedule: str) -> None:

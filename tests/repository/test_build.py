@@ -165,6 +165,7 @@ def test_a_missing_module_as_in_an_isolated_build(build: Build, monkeypatch: pyt
     assert f"'{module}'" in str(stopped.value) and "torch>=2.11" in str(stopped.value)
 
 
+@pytest.mark.slow
 def test_a_refusal_on_the_command_line_is_one_line_and_exit_1(tmp_path: Path) -> None:
     env = {**os.environ, "CXX": "/nonexistent/c++"}
     command = [sys.executable, str(ROOT / "setup.py"), "--name"]

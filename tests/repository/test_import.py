@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 WITHOUT_DTENSORS = """
 import sys
 sys.modules["torch.distributed.tensor"] = None  # importing it fails, as where torch is built without distributed
@@ -17,6 +19,7 @@ mtp_ext.nn.MTPModel(config)(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 6
 """
 
 
+@pytest.mark.slow
 def test_dtensors_are_not_imported() -> None:
     """They take longer to import than all of this package, and some builds of torch have none."""
     subprocess.run([sys.executable, "-c", WITHOUT_DTENSORS], check=True)

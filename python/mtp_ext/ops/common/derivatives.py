@@ -21,16 +21,29 @@ Grads = tuple[Tensor | None, ...]
 def remember_inputs(ctx: Any, inputs: Sequence[Tensor | None]) -> None:
     """Keeps the graph of a Function's inputs, without their memory, for :func:`differentiable_once`.
 
-    Takes 3 us. To be called in the forward of the Function.
+    Takes 3 us. To be called in the forward of the Function, where autograd is off.
     """
     ctx.inputs = None
     needing = [x for x in inputs if x is not None and x.requires_grad]
-    if torch.compiler.is_compiling() or any(type(x) not in _PLAIN_TYPES for x in needing) or not needing:
+    if not needing or torch.compiler.is_compiling() or any(type(x) not in _PLAIN_TYPES for x in needing):
         return
-    with torch.enable_grad():
-        outputs = torch._C._functions.DelayedError(_MESSAGE, len(needing))(*needing)
+    torch._C._set_grad_enabled(True)
+    try:
+        outputs = _error(len(needing))(*needing)
+    finally:
+        torch._C._set_grad_enabled(False)
     ctx.inputs = outputs if isinstance(outputs, Tensor) else outputs[0]
-    ctx.inputs.data = ctx.inputs.new_empty(0)
+    ctx.inputs.data = _nothing(ctx.inputs.dtype, ctx.inputs.device)
+
+
+@functools.cache
+def _error(n_inputs: int) -> Any:
+    return torch._C._functions.DelayedError(_MESSAGE, n_inputs)
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def differentiable_once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
@@ -54,8 +67,7 @@ def differentiable_once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
 
 def _raising(grad: Tensor, sources: Sequence[Tensor]) -> Tensor:
     """``grad`` as a function of ``sources`` whose derivative raises."""
-    fail = torch._C._functions.DelayedError(_MESSAGE, 1 + len(sources))
-    outputs = fail(grad.detach().requires_grad_(), *sources)
+    outputs = _error(1 + len(sources))(grad.detach().requires_grad_(), *sources)
     return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 

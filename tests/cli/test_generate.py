@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models
 
 from mtp_ext.cli.generate import TextStream
 from mtp_ext.cli.main import main
 from mtp_ext.generate import generate
 from mtp_ext.train.checkpoint.saved_model import load_saved_model
-from mtp_ext.train.data import ByteTokenizer
+from mtp_ext.train.data import ByteTokenizer, HuggingFaceTokenizer
 from tests.train.tiny import run, tiny_config
 
 
@@ -44,7 +48,7 @@ def test_the_prompt_comes_from_a_file_or_standard_input(
     expected = continuation(capsys, trained, "--prompt", "def é")
     (tmp_path / "prompt.txt").write_text("def é", encoding="utf-8")
     assert continuation(capsys, trained, "--prompt-file", str(tmp_path / "prompt.txt")) == expected
-    monkeypatch.setattr(sys, "stdin", io.StringIO("def é"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("def é".encode())))
     assert continuation(capsys, trained) == expected
 
 
@@ -78,6 +82,54 @@ def test_an_empty_prompt_begins_a_document(trained: Path, capsys: pytest.Capture
 def test_too_many_tokens_are_cut_with_a_word(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--checkpoint", str(trained), "--prompt", "a" * 90, "--max-new-tokens", "50"]) == 0
     assert "stopped after 6 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["option", "file", "standard input"])
+def test_a_prompt_that_is_not_utf8_is_one_sentence(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    options = ["generate", "--checkpoint", str(trained)]
+    if place == "option":
+        options += ["--prompt", os.fsdecode(b"caf\xe9")]
+    elif place == "file":
+        (tmp_path / "prompt").write_bytes(b"caf\xe9")
+        options += ["--prompt-file", str(tmp_path / "prompt")]
+    else:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), errors="surrogateescape"))
+    assert main(options) == 2
+    error = capsys.readouterr().err
+    assert "expected text in UTF-8, got the byte 0xe9 at 3" in error and error.count("\n") == 1
+
+
+def spaced(decoder: Any) -> HuggingFaceTokenizer:
+    """Words that carry their space in front, as SentencePiece has them."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "▁Hello": 2, "▁big": 3, "▁world": 4, "s": 5, ".": 6, "▁": 7}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.decoder = decoder
+    return HuggingFaceTokenizer(tokenizer.to_str())
+
+
+DECODERS = {
+    "metaspace": decoders.Metaspace(),
+    "llama": decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    ),
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("n_prompt", [0, 1, 3])
+def test_spaces_between_tokens_are_kept(decoder: str, n_prompt: int) -> None:
+    tokenizer, tokens = spaced(DECODERS[decoder]), [2, 3, 4, 5, 7, 6, 3]
+    written: list[str] = []
+    stream = TextStream(tokenizer, written.append, tokens[:n_prompt])
+    for token in tokens[n_prompt:]:
+        stream.add([token])
+    stream.close()
+    assert tokenizer.decode(tokens) == "Hello big worlds . big"
+    assert "".join(written) == "Hello big worlds . big"[len(tokenizer.decode(tokens[:n_prompt])) :]
+    assert len(written) == len(tokens) - n_prompt  # as they come
 
 
 def test_characters_of_several_tokens_are_written_whole() -> None:

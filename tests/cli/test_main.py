@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 import mtp_ext
 from mtp_ext.cli.main import COMMANDS, main
-from mtp_ext.train.config_file import write_config
+from mtp_ext.train.config import TrainConfig
+from mtp_ext.train.config_file import read_config, read_toml, write_config
 from tests.train.tiny import run, tiny_config
 
 
@@ -63,7 +65,7 @@ def test_help_explains_every_option_of_training(capsys: pytest.CaptureFixture[st
         (("train", "--config", "absent.toml"), "mtp train: config: cannot read absent.toml: No such file or directory"),
         (("train", "--resume", "absent"), "mtp train: checkpoint: expected the directory of a checkpoint or of a run"),
         (("train", "--device", "tpu"), "mtp train: device must be cpu, cuda, cuda:<number> or auto, got 'tpu'"),
-        (("train", "--data.source", "absent"), "mtp train: source 'absent' is no file or directory"),
+        (("train", "--data.source", "absent"), "mtp train: source 'absent' is not a file or directory"),
         (("generate", "--checkpoint", "absent", "--prompt", "x"), "but absent does not exist"),
         (("evaluate", "--checkpoint", "absent"), "but absent does not exist"),
         (("info", "--config", "absent.toml"), "mtp info: config: cannot read absent.toml"),
@@ -89,6 +91,8 @@ def test_user_errors_are_one_sentence(
         (("train", "--nonsense", "1"), "Unrecognized options: --nonsense"),
         (("train", "--optim.lr", "fast"), "--optim.lr"),
         (("train", "--batch.seq-len", "0"), "batch.seq_len must be at least 1, got 0"),
+        (("train", "--max-seconds", "0"), "max_seconds must be greater than 0, got 0.0"),
+        (("train", "--model.d-model", "0"), "model.d_model must be at least 1, got 0"),
         (("train", "--optim.name", "sgd"), "sgd"),
         (("generate",), "--checkpoint"),
     ],
@@ -123,6 +127,7 @@ def test_a_ctrl_c_outside_the_loop_is_one_line(
     assert call(capsys, "info") == (130, "", "mtp: interrupted\n")
 
 
+@pytest.mark.slow
 def test_python_dash_m_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "mtp_ext", "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "usage: mtp <command>" in done.stdout
@@ -168,3 +173,36 @@ def test_a_prepared_run_can_be_continued_by_its_path(capsys: pytest.CaptureFixtu
     code, out, _ = call(capsys, "train", "--resume", str(tmp_path / "run"), "--max-steps", "2")
     assert code == 0
     assert "continuing" in out and "max_steps: 1 -> 2" in out
+
+
+def test_names_that_are_not_utf8_are_trained_on_and_recorded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """In the source, the directory of the run and the cache; on an ASCII terminal they are escaped."""
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    config = tiny_config(root, max_steps=1)
+    for number in range(12):
+        path = root / "corpus" / f"module_{number}.py"
+        path.rename(path.with_name(os.fsdecode(b"\xe9") + path.name))
+    logging = dataclasses.replace(config.logging, plots=True, tensorboard=True, sample_tokens=8)
+    write_config(dataclasses.replace(config, logging=logging), tmp_path)
+    assert read_config(tmp_path) == read_toml(tmp_path / "config.toml", TrainConfig())
+    code, out, err = call(capsys, "train", "--config", str(tmp_path / "config.toml"))
+    assert code == 2 and "out: TensorBoard writes to paths in UTF-8 only, got" in err
+    config_file = str(tmp_path / "config.toml")
+    code, out, err = call(capsys, "train", "--config", config_file, "--logging.no-tensorboard")
+    assert (code, err) == (0, "")
+    assert "held out" in out and "caf\\udce9" in out
+    assert call(capsys, "train", "--resume", str(root / "run"), "--max-steps", "2")[::2] == (0, "")
+    assert call(capsys, "generate", "--checkpoint", str(root / "run"), "--prompt", "é")[0] == 0
+
+
+def test_an_ascii_terminal_shows_other_characters_escaped(tmp_path: Path) -> None:
+    run(tiny_config(tmp_path, max_steps=1))
+    arguments = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "é", "--temperature", "2"]
+    arguments += ["--max-new-tokens", "50"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "mtp_ext", *arguments]
+    done = subprocess.run(command, capture_output=True, timeout=120, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii() and (b"\\x" in done.stdout or b"\\u" in done.stdout)

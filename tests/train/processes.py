@@ -1,12 +1,7 @@
-"""Training in a process of its own, to be interrupted.
-
-The processes come from a fork server that has imported the package: a start takes milliseconds, not the seconds that
-importing torch takes.
-"""
+"""Training in a process of its own, to be interrupted."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
@@ -18,10 +13,9 @@ import torch
 
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.config_file import write_config
+from tests.support import forked
 
 DEADLINE_SECONDS = 120.0
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["mtp_ext.cli.train"])
 
 
 class TrainingProcess:
@@ -32,14 +26,16 @@ class TrainingProcess:
         options: More of the command line.
     """
 
-    def __init__(self, config: TrainConfig, *options: str) -> None:
+    def __init__(self, config: TrainConfig, *options: str, stdout: str = "file") -> None:
         assert config.out is not None
         directory = config.out.with_name(f"{config.out.name}-process")
         directory.mkdir(exist_ok=True)
         write_config(config, directory)
         self._output = directory / "output"
         arguments = ["train", "--config", str(directory / "config.toml"), *options]
-        self.process: ForkServerProcess = _context.Process(target=_main, args=(arguments, str(self._output)))
+        self.process: ForkServerProcess = forked.CONTEXT.Process(
+            target=_main, args=(arguments, str(self._output), stdout)
+        )
         self.process.start()
 
     @property
@@ -62,12 +58,21 @@ class TrainingProcess:
         return self.process.exitcode
 
 
-def _main(arguments: list[str], output: str) -> None:
+def _main(arguments: list[str], output: str, stdout: str) -> None:
     from mtp_ext.cli.main import main
 
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    if stdout == "closed":
+        os.close(1)
+        sys.stdout = None  # as the interpreter starts
+    elif stdout == "pipe":  # whose reader is gone
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+    elif stdout != "file":
+        os.dup2(os.open(stdout, os.O_WRONLY), 1)
     torch.set_num_threads(1)
     sys.exit(main(arguments))
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from mtp_ext.train.checkpoint import directory as module
 from mtp_ext.train.checkpoint.directory import (
     MANIFEST_FILE,
     MODEL_FILE,
     STATE_FILE,
+    CheckpointWriteError,
+    DamagedCheckpointError,
     list_checkpoints,
     load_model_state,
     load_training_state,
@@ -72,9 +77,53 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         raise OSError("disk full")
 
     monkeypatch.setattr(module, stage, fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointWriteError, match=rf"checkpoint: cannot write {tmp_path}/step-00000002: .*disk full"):
         write(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"step-00000002: No space left on device$"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x"), r"step-00000002: Disk quota exceeded$"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 64"), "is it full"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["save_file", "save", "mkdir"])
+def test_a_full_disk_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: Exception, message: str
+) -> None:
+    write(tmp_path, 1)
+
+    def write_a_part_and_fail(*arguments: Any, **_: object) -> None:
+        if stage != "mkdir":
+            Path(getattr(arguments[1], "name", arguments[1])).write_bytes(b"part")
+        raise error
+
+    owner = {"save_file": module, "save": module.torch, "mkdir": Path}[stage]
+    monkeypatch.setattr(owner, stage, write_a_part_and_fail)
+    with pytest.raises(CheckpointWriteError, match=message):
+        write(tmp_path, 2)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert resolve_checkpoint(tmp_path).step == 1
+    assert write(tmp_path, 2).name == "step-00000002"
+
+
+def test_leftovers_make_room_before_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+    (tmp_path / ".writing-step-00000002-ab").mkdir()
+    (tmp_path / ".writing-step-00000002-ab" / MODEL_FILE).write_bytes(b"x")
+    save_file = module.save_file
+
+    def check(*arguments: Any) -> None:
+        assert not (tmp_path / ".writing-step-00000002-ab").exists()
+        save_file(*arguments)
+
+    monkeypatch.setattr(module, "save_file", check)
+    write(tmp_path, 2)
 
 
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,5 +188,62 @@ def test_a_run_means_its_latest_checkpoint(tmp_path: Path) -> None:
 def test_no_checkpoint_is_an_error_that_names_the_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere does not exist"):
         resolve_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"has no whole checkpoint"):
+    with pytest.raises(ValueError, match=r"has no complete checkpoint"):
         resolve_checkpoint(tmp_path)
+
+
+def forget_hashes(path: Path) -> None:
+    """Rewrites a manifest as version 0.1.0 wrote it, with the sizes that the files have."""
+    manifest = json.loads((path / MANIFEST_FILE).read_text())
+    files = {file: (path / file).stat().st_size for file in manifest["files"]}
+    old = {"format": 1, "step": manifest["step"], "validation_loss": None, "files": files}
+    (path / MANIFEST_FILE).write_text(json.dumps(old))
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [MODEL_FILE, STATE_FILE, MANIFEST_FILE, "note"])
+def test_a_changed_bit_is_an_error_when_named_and_a_line_when_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    write(tmp_path, 1)
+    damaged = write_checkpoint(
+        tmp_path, 2, {"w": torch.ones(9)}, {"step": 2}, write_extra=lambda d: (d / "note").write_text("x") and None
+    ).path
+    flip_a_bit(damaged / name)
+    with pytest.raises(DamagedCheckpointError, match=rf"checkpoint: {damaged} is damaged: .*{name}"):
+        resolve_checkpoint(damaged)
+    assert resolve_checkpoint(tmp_path).step == 1
+    (line,) = caplog.messages
+    assert line.startswith(f"checkpoint: {damaged} is damaged: ") and line.endswith("; skipped")
+
+
+@pytest.mark.parametrize("load", [load_model_state, load_training_state])
+def test_loading_verifies_the_file(tmp_path: Path, load: Any) -> None:
+    checkpoint = read_checkpoint(write(tmp_path, 1))
+    assert checkpoint is not None
+    for name in (MODEL_FILE, STATE_FILE):
+        flip_a_bit(checkpoint.path / name)
+    with pytest.raises(DamagedCheckpointError, match="checksum of"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(("name", "load"), [(MODEL_FILE, load_model_state), (STATE_FILE, load_training_state)])
+def test_a_checkpoint_without_hashes_is_read_or_named(tmp_path: Path, name: str, load: Any) -> None:
+    """As version 0.1.0 wrote it, with sizes alone."""
+    path = write(tmp_path, 3)
+    forget_hashes(path)
+    checkpoint = resolve_checkpoint(tmp_path)
+    load(checkpoint)
+    (path / name).write_bytes(b"\xff" * (path / name).stat().st_size)
+    with pytest.raises(DamagedCheckpointError, match=rf"{name} cannot be read"):
+        load(checkpoint)
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_written_again(tmp_path: Path) -> None:
+    flip_a_bit(write(tmp_path, 1) / MODEL_FILE)
+    assert torch.equal(load_model_state(read_checkpoint(write(tmp_path, 1)))["w"], torch.ones(2, 3))  # type: ignore[arg-type]

@@ -46,7 +46,8 @@ def test_a_file_sets_what_it_names_and_nothing_else(tmp_path: Path) -> None:
         ("[optim]\nname = 'sgd'", "optim.name must be one of adamw, muon, got 'sgd'"),
         ("[logging]\nplots = 1", "logging.plots must be true or false, got 1"),
         ("[data]\nsource = [1]", "data.source must be a string, got 1"),
-        ("[data]\nsource = 'a'", "data.source must be a list, got 'a'"),
+        ("[data]\nsource = 3", "data.source must be a list, got 3"),
+        ("[loss]\nhead_weights = 1.0", "loss.head_weights must be a list, got 1.0"),
         ("model = 3", "model must be a section, got 3"),
         ("[batch]\nseq_len = 0", "batch.seq_len must be at least 1, got 0"),
         ("[loss]\nhead_weights = [1.0]", "one weight per head"),
@@ -59,6 +60,12 @@ def test_errors_name_the_file_and_the_key(tmp_path: Path, text: str, message: st
         read_toml(path, TrainConfig())
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["source", "suffixes", "exclude"])
+def test_a_single_string_is_a_list_of_one(tmp_path: Path, name: str) -> None:
+    config = read_toml(toml(tmp_path, f"[data]\n{name} = 'src'\n[loss]\nweight_points = '0:1,1,1,1'"), TrainConfig())
+    assert getattr(config.data, name) == ("src",) and config.loss.weight_points == ("0:1,1,1,1",)
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
@@ -106,7 +113,14 @@ def test_none_is_always_the_default() -> None:
     ("build", "message"),
     [
         (lambda: TrainConfig(max_steps=0), "max_steps must be at least 1, got 0"),
-        (lambda: TrainConfig(max_seconds=float("nan")), "max_seconds must be at least 0, got nan"),
+        (lambda: TrainConfig(max_tokens=0), "max_tokens must be at least 1, got 0"),
+        (lambda: TrainConfig(max_seconds=0.0), r"max_seconds must be greater than 0, got 0\.0"),
+        (lambda: TrainConfig(max_seconds=-1.0), r"max_seconds must be greater than 0, got -1\.0"),
+        (lambda: TrainConfig(max_seconds=float("nan")), "max_seconds must be greater than 0, got nan"),
+        (lambda: TrainConfig(threads=0), "threads must be at least 1, got 0"),
+        (lambda: ModelConfig(d_model=0), "model.d_model must be at least 1, got 0"),
+        (lambda: ModelConfig(n_future=0), "model.n_future must be at least 1, got 0"),
+        (lambda: ModelConfig(max_seq_len=0), "model.max_seq_len must be at least 1, got 0"),
         (lambda: OptimConfig(beta2=1.5), r"optim.beta2 must be in \[0, 1\], got 1.5"),
         (lambda: OptimConfig(lr=-1.0), "optim.lr must be at least 0, got -1.0"),
     ],

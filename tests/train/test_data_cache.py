@@ -180,3 +180,29 @@ def test_a_prepared_corpus_is_read_from_a_directory_that_cannot_be_written(sourc
         prepare_data(config(source), cache)
     finally:
         cache.chmod(0o700)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("16384 requested and 0 written")])
+@pytest.mark.parametrize("stage", ["save", "load"])
+def test_a_full_disk_leaves_no_part_of_a_corpus(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: OSError
+) -> None:
+    """numpy's own message has no number; an error of a source file stays what it is."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    cache = tmp_path / "cache"
+    if stage == "save":
+        monkeypatch.setattr(shards.np, "save", fail)
+        expected: type[Exception] = RuntimeError
+    else:
+        error.filename = str(source / "m1.py")
+        monkeypatch.setattr(prepare, "learn_bpe", fail)
+        expected = OSError
+    with pytest.raises(expected) as caught:
+        prepare_data(config(source), cache)
+    assert (f"cache: cannot write the prepared corpus to {cache} (" in str(caught.value)) == (stage == "save")
+    assert [p.name for p in cache.iterdir() if p.suffix != ".lock"] == []
+    monkeypatch.undo()
+    prepare_data(config(source), cache)

@@ -96,7 +96,7 @@ def test_a_batch_size_may_change_on_resuming() -> None:
         ({"seed": 7}, "seed of the data order is 0, but the state to resume has 7"),
         ({"seq_len": 8}, "seq_len of the data order is 4, but the state to resume has 8"),
         ({"dataset": "other"}, "dataset of the data order is 'fingerprint', but the state to resume has 'other'"),
-        ({"index": 17}, "no place in the data order: epoch 0, index 17"),
+        ({"index": 17}, "not a position in the data order: epoch 0, index 17"),
     ],
 )
 def test_the_state_of_another_order_is_rejected(change: dict[str, object], message: str) -> None:

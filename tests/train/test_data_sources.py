@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mtp_ext.train.checkpoint.resume import find_checkpoint, hold_run
 from mtp_ext.train.data.config import TEXT_SUFFIXES, DataConfig
 from mtp_ext.train.data.corpus import Corpus
 from mtp_ext.train.data.sources import Document, find_files, read_documents
+from tests.train.tiny import run, tiny_config, write_corpus
 
 
 def write(root: Path, files: dict[str, str | bytes]) -> Path:
@@ -141,3 +147,94 @@ def test_options_out_of_range_are_named() -> None:
         DataConfig(suffixes=(1,))  # type: ignore[arg-type]
     assert DataConfig(source="abc").source == ("abc",)  # type: ignore[arg-type]
     assert DataConfig(exclude=["a", "b"]).exclude == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_linked_directories_are_followed_once_and_without_loops(tmp_path: Path) -> None:
+    root = write(tmp_path / "project", {"a/one.txt": "1", "b/two.txt": "2"})
+    write(tmp_path / "elsewhere", {"three.txt": "3", "deep/four.txt": "4"})
+    (root / "0-outside").symlink_to(tmp_path / "elsewhere")
+    (root / "0-again").symlink_to(tmp_path / "elsewhere" / "deep")
+    (root / "0-inside").symlink_to(root / "b")  # the real path names a file, whatever the order
+    (root / "a" / "up").symlink_to(root)
+    (root / "b" / "across").symlink_to(root / "a")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)
+    (root / "self").symlink_to("self")
+    assert names(root) == [
+        "project/a/one.txt",
+        "project/b/two.txt",
+        "project/0-again/four.txt",
+        "project/0-outside/three.txt",
+    ]
+    linked = tmp_path / "linked"
+    linked.symlink_to(root)
+    assert len(names(linked)) == 4
+    assert names(root / "**" / "*.txt")[0].endswith("0-again/four.txt") and len(names(root / "**" / "*.txt")) == 4
+
+
+def test_links_to_nothing_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write(tmp_path / "d", {"a.txt": "a"})
+    (root / "b.txt").symlink_to(tmp_path / "gone")
+    assert names(root) == ["d/a.txt"]
+    assert caplog.messages == [f"left out of the corpus: {root / 'b.txt'} is a link to nothing"]
+
+
+@pytest.mark.parametrize("source", [".", "**/*.txt", "sub"])
+def test_an_unreadable_directory_is_named_unless_it_is_excluded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Not with permissions, which do not hold for root."""
+    root = write(tmp_path / "d", {"a.txt": "a", "sub/locked/b.txt": "b", "sub/c.txt": "c"})
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    pattern = "locked/*" if source == "sub" else "sub/locked/*"
+    with pytest.raises(ValueError, match=r"source: cannot read .*locked \(Permission denied\)") as error:
+        names(root / source)
+    assert f"leave it out with data.exclude '{pattern}'" in str(error.value)
+    assert [Path(name).name for name in names(root / source, exclude=(pattern,))]
+
+
+def test_a_file_that_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write(tmp_path / "d", {"a.txt": "a", "b.txt": "b"})
+    stat = Path.stat
+
+    def refuse(path: Path, **options: Any) -> Any:
+        if path.name == "b.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(ValueError, match=r"source: cannot read .*b\.txt \(Permission denied\)"):
+        names(root)
+
+
+def test_what_training_writes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in the directory that it trains on resumes, and a later run sees the same corpus."""
+    write_corpus(tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(tmp_path, max_steps=1, out=Path("runs/one"), cache=Path("cache"))
+    suffixes = (*TEXT_SUFFIXES, ".json", ".log")
+    data = dataclasses.replace(config.data, source=(".",), suffixes=suffixes, tokenizer="bpe:300")
+    config = dataclasses.replace(config, data=data)
+    before = [file.relative for file in find_files((".",), suffixes)]
+    run(config)
+    checkpoint = find_checkpoint("runs/one", None)
+    run(dataclasses.replace(config, max_steps=2), checkpoint)
+    run(dataclasses.replace(config, out=Path("runs/two")))
+    Path("copied").mkdir()
+    assert checkpoint is not None
+    shutil.copytree(Path("runs/one/checkpoints/step-00000002"), Path("copied/step"))
+    Path("runs/begun").mkdir()
+    with hold_run(Path("runs/begun"), None) as begun:
+        write(begun, {"config.json": "{}"})
+        write(tmp_path / "cache" / "ab.partial-cd", {"tokenizer/tokenizer.json": "{}"})
+        for source in (".", "./*", "**/*"):
+            files = [f for f in find_files((source,), suffixes) if f.path.suffix != ".lock"]  # an empty file
+            assert sorted(f.path.resolve().relative_to(tmp_path).as_posix() for f in files) == sorted(before), source
+    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 1
+    assert find_files(("runs/one",), suffixes)  # named, it is read

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,7 @@ def test_a_learnt_tokenizer_merges_a_line_end_with_its_indentation() -> None:
     assert [BPE.decode([token]) for token in ids] == ["(self", "):\n        ", "return", " self", ".value", "\n"]
 
 
+@pytest.mark.slow
 def test_learning_is_reproducible_in_another_process() -> None:
     program = (
         "import sys; from mtp_ext.train.data.tokenizer import learn_bpe; "
@@ -161,3 +163,60 @@ def test_damaged_and_missing_tokenizers_are_named(tmp_path: Path) -> None:
     (tmp_path / "mtp_tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"mtp_tokenizer\.json' is damaged"):
         load_tokenizer(tmp_path)
+
+
+def added_token(token: tokenizers.AddedToken) -> HuggingFaceTokenizer:
+    """Words and characters, with an end-of-text string that is an added token but not a special one."""
+    vocabulary = {"[UNK]": 0, "a": 1, "b": 2}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_tokens([token])
+    return HuggingFaceTokenizer(tokenizer.to_str())
+
+
+def model_token(model: Any) -> HuggingFaceTokenizer:
+    """A model that spells its end-of-text string itself."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return HuggingFaceTokenizer(tokenizer.to_str())
+
+
+FORGEABLE = {
+    "added": added_token(tokenizers.AddedToken("</s>", special=False)),
+    "single word": added_token(tokenizers.AddedToken("</s>", special=False, single_word=True)),
+    "stripping": added_token(tokenizers.AddedToken("</s>", special=False, lstrip=True, rstrip=True, normalized=False)),
+    "word": model_token(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "</s>": 3}, unk_token="[UNK]")),
+    "merges": model_token(
+        models.BPE(
+            {"a": 0, "b": 1, "<": 2, "/": 3, "s": 4, ">": 5, "</": 6, "s>": 7, "</s>": 8},
+            [("<", "/"), ("s", ">"), ("</", "s>")],
+        )
+    ),
+    "unigram": model_token(models.Unigram([("<unk>", -9.0), ("a", -1.0), ("b", -1.0), ("</s>", 0.0)], 0, False)),
+}
+
+
+@pytest.mark.parametrize("kind", FORGEABLE)
+@pytest.mark.parametrize("text", ["a </s> b", "</s>", "</s></s> </s>", "a</s>b", "</s> " * 300])
+def test_no_text_forges_a_separator(kind: str, text: str) -> None:
+    tokenizer = FORGEABLE[kind]
+    (ids,) = tokenizer.encode_batch([text])
+    assert ids.size and tokenizer.separator_id not in ids
+    assert tokenizer.decode([1, tokenizer.separator_id]) == tokenizer.decode([1])
+    plain, forged = tokenizer.encode_batch(["a b", text])
+    assert forged.tolist() == ids.tolist() and plain.tolist() == tokenizer.encode_batch(["a b"])[0].tolist()
+
+
+def test_a_protected_separator_survives_saving(tmp_path: Path) -> None:
+    tokenizer = FORGEABLE["added"]
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.fingerprint, loaded.separator_id) == (tokenizer.fingerprint, tokenizer.separator_id)
+    assert loaded.separator_id not in loaded.encode_batch(["</s>"])[0]
+
+
+def test_an_unknown_token_that_is_the_separator_is_an_error() -> None:
+    tokenizer = model_token(models.WordLevel({"a": 0, "</s>": 1}, unk_token="</s>"))
+    assert tokenizer.encode_batch(["a"])[0].tolist() == [0]
+    with pytest.raises(ValueError, match=r"tokenizer: '.' in a text is encoded as the separator 1"):
+        tokenizer.encode_batch(["a xy"])

@@ -27,7 +27,8 @@ def latest_step(directory: Path) -> int:
     return max((c.step for c in list_checkpoints(directory / "checkpoints")), default=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     config = tiny_config(tmp_path, max_steps=MANY_STEPS)
     training = TrainingProcess(config)
@@ -59,6 +60,7 @@ def test_handlers_are_given_back() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_a_whole_checkpoint(tmp_path: Path) -> None:
     """Killed while it does little else than write checkpoints; the result is that of the run that was never killed."""
     chance = random.Random(0)

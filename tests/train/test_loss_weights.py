@@ -14,6 +14,7 @@ from mtp_ext.train.config import CheckpointConfig, EvaluationConfig, LossConfig
 from mtp_ext.train.loss_weights import LossWeights, parse_point
 from mtp_ext.train.report.record import read_metrics
 from mtp_ext.train.trainer import Trainer
+from tests.train.test_checkpoint import forget_hashes
 from tests.train.tiny import CPU, run, tiny_config, tiny_dataset, tiny_model
 
 
@@ -58,6 +59,12 @@ def test_the_fraction_never_falls_and_is_the_state() -> None:
     [
         ({"head_weights": [1.0]}, r"head_weights must have one weight per head \(n_future=3\), got \(1.0,\)"),
         ({"head_weights": [1.0, -1.0, 0.0]}, "head_weights must be finite and not negative"),
+        ({"head_weights": [0.0, 0.0, 0.0]}, "must leave a positive weight, but all are 0 at 0 of the run"),
+        ({"points": [(0.5, (0, 0, 0)), (0.8, (0, 0, 0))]}, "all are 0 at 0 of the run"),
+        ({"points": [(0, (1, 1, 1)), (0.5, (0, 0, 0)), (0.8, (1, 0, 0))]}, r"all are 0 at 0\.5 of the run"),
+        ({"points": [(0, (1, 0, 0))], "head_weights": [0.0, 1.0, 1.0]}, "all are 0 at 0 of the run"),
+        ({"curriculum": "forward", "head_weights": [0.0, 1.0, 1.0]}, "all are 0 at 0 of the run"),
+        ({"curriculum": "reverse", "head_weights": [0.0, 0.0, 1.0]}, r"all are 0 at 0\.333333 of the run"),
         ({"discount": 0.0}, "discount must be finite and positive, got 0.0"),
         ({"curriculum": "sideways"}, "curriculum must be one of none, forward, reverse, got 'sideways'"),
         ({"points": [(0.5, (1, 1))]}, "weight_points must have one weight per head"),
@@ -127,6 +134,7 @@ def test_a_checkpoint_of_before_the_weights_changed_still_loads(tmp_path: Path) 
     state = load_training_state(checkpoint)
     del state["loss_weights"]
     torch.save(state, checkpoint.path / "state.pt")
+    forget_hashes(checkpoint.path)
     dataset = tiny_dataset(config)
     trainer = Trainer(config, tmp_path / "again", dataset, tiny_model(config, dataset), CPU)
     trainer.load(checkpoint)

@@ -37,7 +37,7 @@ def test_it_resumes_with_its_optimiser(tmp_path: Path, monkeypatch: pytest.Monke
     assert checkpoint is not None
     saved = read_config(CHECKPOINT)
     config = dataclasses.replace(saved, max_steps=4, out=Path("again"))
-    assert check_same_run(saved, config) == [f"out: {saved.out!r} -> {config.out!r}", "max_steps: 2 -> 4"]
+    assert check_same_run(saved, config) == [f"out: {saved.out} -> again", "max_steps: 2 -> 4"]
     run(config, checkpoint)
     losses = {r["step"]: r["loss"] for r in read_metrics(Path("again/metrics.jsonl")) if r["kind"] == "train"}
     assert losses == pytest.approx({3: 11.094224691390991, 4: 11.10259222984314}, rel=1e-6)

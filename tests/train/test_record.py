@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -10,12 +12,17 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.image import imread
+from rich.console import Console
 
 from mtp_ext.ops import MultiTokenLoss
-from mtp_ext.train.config import EvaluationConfig, LoggingConfig
+from mtp_ext.train.config import BatchConfig, EvaluationConfig, LoggingConfig
+from mtp_ext.train.evaluate import Evaluation
+from mtp_ext.train.loop import describe
 from mtp_ext.train.metrics import HeadTotals, memory_bytes
+from mtp_ext.train.report import plots
 from mtp_ext.train.report.plots import plot_run
 from mtp_ext.train.report.record import MetricsWriter, read_metrics
+from mtp_ext.train.report.summary import accept_line, evaluation_table
 from tests.train.tiny import run, tiny_config
 
 
@@ -41,12 +48,53 @@ def test_totals_are_means_over_targets() -> None:
     assert metrics.accept_length == pytest.approx((1.5 * 10 + 1.1 * 30) / 40)
 
 
-def test_heads_without_targets_are_zero_not_nan() -> None:
-    totals = HeadTotals()
-    totals.add(loss_of([0.0, 0.0], [0, 0], [0.0, 0.0], 1.0))
+def test_heads_without_targets_have_no_numbers() -> None:
+    totals = HeadTotals((1.0, 0.5))
+    totals.add(loss_of([2.0, 0.0], [4, 0], [0.5, 0.0], 1.0))
     metrics = totals.metrics()
-    assert (metrics.head_loss, metrics.top1, metrics.accept_length) == ([0.0, 0.0], [0.0, 0.0], 1.0)
-    assert metrics.is_finite
+    assert (metrics.head_loss, metrics.top1, metrics.accept_length) == ([2.0, None], [0.5, None], None)
+    assert metrics.loss == 2.0 and metrics.is_finite
+    evaluation = Evaluation(metrics, bytes_per_token=2.0, n_tokens=4)
+    assert evaluation.nats_per_byte == [1.0, None]
+    assert accept_line(evaluation)[1].startswith("- of 2 tokens")
+    assert describe(evaluation) == "validation 1.000 - nats/byte per head, accept length -"
+    console = Console(file=io.StringIO(), width=80)
+    console.print(evaluation_table(evaluation))
+    (row,) = [line for line in console.file.getvalue().splitlines() if "t+2" in line]  # type: ignore[attr-defined]
+    assert [cell.strip() for cell in row.split("│")[3:-1]] == ["-", "-", "-"]
+
+
+def test_missing_and_infinite_numbers_are_null_in_json_and_gaps_in_plots(tmp_path: Path) -> None:
+    values = {"tokens": 1, "head_loss": [1.0, None], "accept_length": None, "grad_norm": math.nan, "x": [math.inf, 2.0]}
+    with MetricsWriter(tmp_path, tensorboard=True) as record:
+        for kind in ("train", "train", "validation"):
+            record.write(kind, 1, values)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        read = json.loads(line, parse_constant=pytest.fail)
+        assert (read["head_loss"], read["accept_length"], read["grad_norm"]) == ([1.0, None], None, None)
+        assert read["x"] == [None, 2.0]
+    assert len(plot_run(tmp_path)) == 2
+    smoothed = plots._smoothed([1.0, None, 3.0])
+    assert smoothed[0] == 1.0 and math.isnan(smoothed[1]) and smoothed[2] == 3.0
+
+
+def test_documents_shorter_than_the_last_head_leave_it_without_numbers(tmp_path: Path) -> None:
+    """In the record, the table and ``mtp evaluate --json``; a head of weight 0 has none while training either."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(8):
+        (corpus / f"{number}.txt").write_text("ab")
+    config = tiny_config(tmp_path, max_steps=1, batch=BatchConfig(seq_len=8, batch_size=2))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, n_future=3, n_layers=4))
+    run(config)
+    train, validation = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    for record in (train, validation):
+        assert record["head_loss"][2] is None and record["top1"][2] is None and record["accept_length"] is None
+        assert record["head_loss"][1] > 0
+    assert validation["nats_per_byte"][2] is None
+    weights = dataclasses.replace(config.loss, head_weights=(1.0, 0.0, 1.0))
+    run(dataclasses.replace(config, loss=weights, out=tmp_path / "weights"))
+    assert next(iter(read_metrics(tmp_path / "weights" / "metrics.jsonl")))["head_loss"][1] is None
 
 
 def test_peak_memory_counts_what_was_allocated() -> None:
@@ -81,7 +129,7 @@ def test_every_record_is_complete(tmp_path: Path) -> None:
     assert [r["step"] for r in train] == [1, 2, 3, 4, 5]
     assert [(r["step"], r.get("final", False)) for r in validation] == [(2, False), (4, False), (5, True)]
     for r in train:
-        assert r["tokens"] == r["step"] * config.tokens_per_step
+        assert r["tokens"] == r["step"] * 24 * 2 * 2
         assert r["loss"] == pytest.approx(sum(r["head_loss"]))
         assert r["memory_bytes"] > 50 << 20 and r["tokens_per_second"] > 0 and r["grad_norm"] > 0
         assert len(r["head_loss"]) == len(r["top1"]) == len(r["n_valid"]) == 2

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mtp_ext.cli.main import main
 from mtp_ext.train.checkpoint.directory import Checkpoint, list_checkpoints, load_model_state, load_training_state
 from mtp_ext.train.checkpoint.resume import check_same_run, find_checkpoint
 from mtp_ext.train.config import CheckpointConfig, EvaluationConfig, ModelConfig, OptimConfig, ScheduleConfig
+from mtp_ext.train.config_file import write_config
 from mtp_ext.train.report.record import read_metrics
+from tests.train.test_checkpoint import flip_a_bit
 from tests.train.tiny import run, tiny_config
 
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
@@ -91,7 +95,7 @@ def test_the_state_is_plain(tmp_path: Path) -> None:
     run(config)
     state = load_training_state(latest(tmp_path / "run"))
     assert state["progress"]["step"] == 2
-    assert state["progress"]["tokens"] == 2 * config.tokens_per_step == 2 * 24 * 2 * 2
+    assert state["progress"]["tokens"] == 2 * 24 * 2 * 2
 
 
 def test_options_that_make_another_run_are_named(tmp_path: Path) -> None:
@@ -102,7 +106,7 @@ def test_options_that_make_another_run_are_named(tmp_path: Path) -> None:
         model=dataclasses.replace(config.model, d_model=32),
         data=dataclasses.replace(config.data, tokenizer="bpe:300"),
     )
-    with pytest.raises(ValueError, match="another run") as error:
+    with pytest.raises(ValueError, match="must not differ") as error:
         check_same_run(config, other)
     for part in ("seed: 0 -> 7", "model.d_model: 16 -> 32", "data.tokenizer: 'bytes' -> 'bpe:300'"):
         assert part in str(error.value)
@@ -136,23 +140,68 @@ def test_an_older_checkpoint_branches_off_elsewhere_only(tmp_path: Path) -> None
     run(config)
     older = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
     longer = dataclasses.replace(config, max_steps=3)
-    with pytest.raises(ValueError, match=r"goes on after step-00000001, until step-00000002"):
+    with pytest.raises(ValueError, match=r"continues after step-00000001, up to step-00000002"):
         run(longer, older)
     branch = run(dataclasses.replace(longer, out=tmp_path / "branch"), older)
     assert latest(branch.directory).step == 3
     assert [r["step"] for r in records(branch.directory) if r["kind"] == "train"] == [2, 3]
 
 
-def test_auto_takes_the_newest_run_that_has_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_newest_run_that_has_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the time of its last checkpoint, whatever the names; a newer run without one is named."""
     monkeypatch.chdir(tmp_path)
     config = tiny_config(tmp_path, max_steps=1)
     assert find_checkpoint("auto", None) is None
-    for name in ("20240101-000000", "20250101-000000"):
+    for name in ("zebra", "20250101-000000", "Apple"):
         run(dataclasses.replace(config, out=Path("runs") / name))
-    (tmp_path / "runs" / "20260101-000000").mkdir()
     found = find_checkpoint("auto", None)
-    assert found is not None and found.path.parts[1] == "20250101-000000"
+    assert found is not None and found.path.parts[1] == "Apple"
+    zebra = latest(Path("runs/zebra"))
+    run(dataclasses.replace(config, out=Path("runs/zebra"), max_steps=2), zebra)
+    os.utime(Path("runs/Apple/checkpoints/step-00000001/manifest.json"))  # as copying does
+    found = find_checkpoint("auto", None)
+    assert found is not None and found.path.parts[1] == "zebra" and not caplog.messages
+    died = Path("runs/20260101-000000")
+    died.mkdir()
+    write_config(config, died)
+    assert find_checkpoint("auto", None) == found
+    assert caplog.messages == [f"resume: {died} is newer but has no checkpoint; continuing {found.path}"]
     assert find_checkpoint("auto", tmp_path / "elsewhere") is None
+
+
+def test_auto_skips_what_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(tmp_path, max_steps=1)
+    for name in ("a", "b"):
+        run(dataclasses.replace(config, out=Path("runs") / name))
+    flip_a_bit(latest(Path("runs/b")).path / "model.safetensors")
+    found = find_checkpoint("auto", None)
+    assert found is not None and found.path.parts[1] == "a"
+
+
+def test_a_run_goes_on_over_a_damaged_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also with one checkpoint to keep: the damaged one does not count as the latest."""
+    every = CheckpointConfig(every_seconds=0, every_steps=1, keep_last=2)
+    config = tiny_config(tmp_path, max_steps=3, checkpoint=every)
+    run(config)
+    flip_a_bit(latest(tmp_path / "run").path / "state.pt")
+    options = ["--max-steps", "3", "--checkpoint.keep-last", "1"]
+    assert main(["train", "--resume", str(tmp_path / "run"), *options]) == 0
+    assert "continuing" in capsys.readouterr().out
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert len(names) == 2 and names[0].startswith("damaged-step-00000003") and names[1] == "step-00000003"
+    load_model_state(latest(tmp_path / "run"))
+
+
+def test_only_a_directory_that_moves_is_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved = dataclasses.replace(tiny_config(tmp_path), out=Path("a"), cache=None)
+    for out in (None, Path("a"), tmp_path / "a", Path("b/../a")):
+        assert check_same_run(saved, dataclasses.replace(saved, out=out)) == []
+    changed = dataclasses.replace(saved, out=Path("b"), cache=Path("c"), max_seconds=60.0)
+    assert check_same_run(saved, changed) == ["out: a -> b", "max_seconds: none -> 60.0", "cache: none -> c"]
 
 
 def test_a_checkpoint_stands_alone(tmp_path: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from mtp_ext.nn import MTPModel
 from mtp_ext.ops import MultiTokenLoss
-from mtp_ext.train.config import OptimConfig
+from mtp_ext.train.config import BatchConfig, OptimConfig
 from mtp_ext.train.data import Batch, TrainingStream
 from mtp_ext.train.optim import Optimizers
+from mtp_ext.train.report.record import read_metrics
+from mtp_ext.train.run import train
 from mtp_ext.train.step import NotFiniteError, head_weights, targets_of_heads, train_step
 from tests.train.tiny import CPU, tiny_config, tiny_dataset, tiny_model
 
@@ -97,3 +102,25 @@ def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path: Path) -> None:
     with pytest.raises(NotFiniteError, match="gradient norm: nan"):
         train_step(model, Optimizers(model, OptimConfig()), [batch], CPU, "sequential", 1.0, (1.0, 1.0))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_padding_is_not_counted_as_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a row is longer than the corpus, a step trains on the corpus and no more; a line says so."""
+    config = tiny_config(tmp_path, batch=BatchConfig(seq_len=9000, batch_size=2, accumulation=2))
+    n_tokens = tiny_dataset(config).split("train").n_tokens
+    assert n_tokens < 9000
+    config = dataclasses.replace(config, max_steps=None, max_tokens=8 * n_tokens)
+    train(config, None, Console(file=sys.stdout, width=200))
+    output = capsys.readouterr().out
+    assert f"warning: batch.seq_len 9000 exceeds the {n_tokens} tokens of the training split" in output
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert [r["tokens"] for r in records] == [4 * n_tokens, 8 * n_tokens]
+    assert [r["epochs"] for r in records] == [4.0, 8.0]
+
+
+@pytest.mark.parametrize("seq_len", [7, 24, 50])
+def test_an_epoch_counts_every_token_once(tmp_path: Path, seq_len: int) -> None:
+    dataset = tiny_dataset(tiny_config(tmp_path))
+    stream = TrainingStream(dataset, "train", seq_len, 2, batch_size=1, seed=0)
+    counted = sum(next(stream).n_tokens for _ in range(stream.rows_per_epoch))
+    assert counted == dataset.split("train").n_tokens

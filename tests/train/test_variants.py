@@ -16,6 +16,7 @@ from mtp_ext.train.report.record import read_metrics
 from tests.train.tiny import run, tiny_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["sequential", "joint"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_heads_loss_falls_and_the_model_loads(tmp_path: Path, variant: str, schedule: str) -> None:

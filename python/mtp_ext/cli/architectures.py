@@ -1,4 +1,4 @@
-"""What each architecture of the heads costs at one shape: parameters and floating-point operations."""
+"""Parameters and FLOPs of every head architecture at one shape."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TABLE_WIDTH = 110
 
 
 def read_shape(path: Path) -> tuple[MTPConfig, int]:
-    """The model that a file or a directory describes, and the length of its training sequences.
+    """Reads a model's configuration and its training sequence length.
 
     Args:
-        path: A TOML file as ``mtp train --config`` takes it, or the directory of a checkpoint or of a run.
+        path: A TOML file as for ``mtp train --config``, or the directory of a checkpoint or of a run.
     Raises:
-        ValueError: It cannot be read, or describes no model.
+        ValueError: It cannot be read or does not describe a model.
     """
     if path.is_dir():
         checkpoint = resolve_checkpoint(path)
@@ -34,7 +34,7 @@ def read_shape(path: Path) -> tuple[MTPConfig, int]:
 
 
 def _vocab_size(tokenizer: str) -> int:
-    """The size that a tokenizer has, or that a learnt one is to have."""
+    """Returns the vocabulary size of a tokenizer, existing or to be learnt."""
     if tokenizer == "bytes":
         return ByteTokenizer.vocab_size
     if tokenizer.startswith("bpe:") and tokenizer[4:].isdigit():
@@ -43,23 +43,23 @@ def _vocab_size(tokenizer: str) -> int:
 
 
 def variants_of(config: MTPConfig) -> list[MTPConfig]:
-    """The configuration with every architecture that its layers allow, its own first."""
+    """Returns the configuration in every architecture that its layers allow, its own first."""
     found = [config]
     for variant in VARIANTS:
         if variant != config.variant:
             try:
                 found.append(dataclasses.replace(config, variant=variant))
-            except ValueError:  # fewer layers than heads that are layers
+            except ValueError:  # fewer layers than the heads need
                 continue
     return found
 
 
 def architecture_table(config: MTPConfig, seq_len: int) -> Table:
-    """Parameters and forward operations of the architectures; training takes three times the operations.
+    """Builds a table of the architectures' parameters and forward FLOPs; training takes three times the FLOPs.
 
     Args:
-        config: The model's.
-        seq_len: Tokens of a training sequence: attention's share of the operations depends on it.
+        config: The model's configuration.
+        seq_len: Tokens per training sequence, which determines the FLOPs of attention.
     """
     table = Table(
         title=f"n = {config.n_future}, D = {config.d_model}, V = {config.vocab_size:,}, {config.n_layers} layers, "

@@ -1,4 +1,4 @@
-"""``mtp bench``: the fused loss next to plain torch on this machine, at a shape of the user's."""
+"""``mtp bench``: times the fused loss against plain torch on this machine, at a given shape."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ class BenchCommand:
     n_future: int = 4
     """Heads n."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of hidden states and unembedding."""
+    """Dtype of hidden states and unembedding."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
     rounds: int = 3
-    """Calls of each implementation, beside one to warm up."""
+    """Timed calls of each implementation, after one warm-up call."""
     skip_plain: bool = False
-    """Leave plain torch out, where its logits would not fit."""
+    """Skip plain torch, for example if its logits do not fit in memory."""
     json: bool = False
     """Print the numbers as JSON."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One implementation's median time of a call, and its rate of the 6 N D V operations that no exact loss saves."""
+    """One implementation's median time per call, and its FLOP rate counting the 6 N D V of any exact loss."""
 
     implementation: str
     milliseconds: float
@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def measure(command: BenchCommand, device: torch.device) -> list[Measurement]:
-    """The implementations in turn, each on the same inputs."""
+    """Times the implementations in turn on the same inputs."""
     torch.manual_seed(0)
     shape, dtype = (command.n_future, 1, command.positions, command.d_model), getattr(torch, command.dtype)
     hidden = torch.randn(shape, device=device).to(dtype).requires_grad_()
@@ -92,7 +92,7 @@ def measure(command: BenchCommand, device: torch.device) -> list[Measurement]:
 
 
 def seconds_of(loss: Callable[..., Any], hidden: Tensor, weight: Tensor, labels: Tensor) -> float:
-    """One forward and backward, waited for."""
+    """Times one forward and backward, synchronised with the GPU."""
     if hidden.is_cuda:
         torch.cuda.synchronize(hidden.device)
     start = time.perf_counter()
@@ -103,7 +103,7 @@ def seconds_of(loss: Callable[..., Any], hidden: Tensor, weight: Tensor, labels:
 
 
 def table(command: BenchCommand, device: torch.device, measured: Sequence[Measurement]) -> Table:
-    """What was measured, for people."""
+    """Formats the measurements as a table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     shape = f"n = {command.n_future}, B·S = {command.positions}, D = {command.d_model}, V = {command.vocab_size}"
     found = Table(title=f"loss and gradients: {shape}, {command.dtype}, {name}", title_justify="left")

@@ -1,4 +1,4 @@
-"""Errors as people read them."""
+"""Exit codes and one-line error messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 
 def explain(error: Exception) -> str:
-    """One line for an error: its own message, or its type where it has none that stands alone."""
+    """Formats an error in one line: its message, prefixed with its type if that is needed to understand it."""
     message = " ".join(str(error).split())
     if isinstance(error, (ValueError, RuntimeError, NotImplementedError)) and message:
         return message

@@ -16,6 +16,7 @@ from mtp_ext.train.checkpoint.saved_model import TOKENIZER_DIRECTORY, SavedModel
 from mtp_ext.train.data import Dataset, prepare_data
 from mtp_ext.train.device import choose_compute
 from mtp_ext.train.evaluate import evaluate
+from mtp_ext.train.metrics import finite
 from mtp_ext.train.report.summary import accept_line, evaluation_table, facts_table
 from mtp_ext.train.run import default_cache
 
@@ -24,18 +25,18 @@ from mtp_ext.train.run import default_cache
 class EvaluateCommand:
     """Measure a trained model: loss and top-1 of each head, accept length.
 
-    The default is the validation split of its own training, in the order and the batches of the validation at the end
-    of the run: the same numbers.
+    By default on the validation split of its training, in the order and batches of the run's final validation, which
+    gives the same numbers.
     """
 
     checkpoint: Path
     """Directory of a checkpoint, or of a run (its latest checkpoint)."""
     source: tuple[str, ...] | None = None
-    """Measure on all of these files, directories or globs instead."""
+    """Measure on these files, directories or globs instead."""
     split: Literal["validation", "train"] = "validation"
-    """Which side of the training corpus to measure on, without --source."""
+    """Split of the training corpus to measure on, without --source."""
     batches: int = 0
-    """Most batches, spread evenly over the split; 0 takes all."""
+    """Maximum number of batches, spread evenly over the split; 0 takes all."""
     json: bool = False
     """Print the numbers as JSON."""
     device: str = "auto"
@@ -66,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
         head_weights=saved.config.loss.head_weights,
     )
     if command.json:
-        print(json.dumps({"checkpoint": str(saved.checkpoint.path), **evaluation.as_dict()}, indent=2))
+        print(json.dumps(finite({"checkpoint": str(saved.checkpoint.path), **evaluation.as_dict()}), indent=2))
         return 0
     console = Console()
     title = f"{command.split} split".capitalize() if command.source is None else "Given source"
@@ -77,10 +78,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def prepare(command: EvaluateCommand, saved: SavedModel) -> Dataset:
-    """The corpus to measure on, in the model's own tokens.
+    """Prepares the corpus to measure on, with the model's tokenizer.
 
     Raises:
-        ValueError: The training corpus is not what it was when the model was trained.
+        ValueError: The training corpus has changed since the model was trained.
     """
     cache = command.cache or saved.config.cache or default_cache()
     if command.source is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from mtp_ext.train.checkpoint.saved_model import load_saved_model
 from mtp_ext.train.data import Tokenizer
 from mtp_ext.train.device import choose_compute
 
-REPLACEMENT = "�"  # what decoding shows for bytes that are not (yet) UTF-8
+REPLACEMENT = "�"  # decoded from bytes that are not (yet) valid UTF-8
 
 
 @dataclass(frozen=True)
 class GenerateCommand:
-    """Continue a text with a trained model. Prints the continuation as it comes; the prompt is read from standard input
-    if it is not given."""
+    """Continue a text with a trained model, printed as it is generated. Without --prompt or --prompt-file, the text is
+    read from standard input."""
 
     checkpoint: Path
     """Directory of a checkpoint, or of a run (its latest checkpoint)."""
@@ -30,15 +31,15 @@ class GenerateCommand:
     prompt_file: Path | None = None
     """A file with the text to continue."""
     max_new_tokens: int = 128
-    """Most tokens to add."""
+    """Maximum number of tokens to add."""
     temperature: float = 0.7
-    """0 takes the most likely token every time; higher values draw more freely."""
+    """0 always takes the most likely token; higher values sample more freely."""
     top_k: int | None = None
-    """Draw from the k most likely tokens only."""
+    """Sample from the k most likely tokens only."""
     top_p: float | None = 0.9
-    """Draw from the fewest most likely tokens whose probabilities sum to at least p."""
+    """Sample from the smallest set of most likely tokens whose probabilities sum to at least p."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the sampling."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
 
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     compute = choose_compute(command.device, "float32")
     saved = load_saved_model(command.checkpoint, compute.device)
     prompt = read_prompt(command)
-    # Without a prompt, the end of a document stands before the beginning of one.
+    # An empty prompt becomes a separator, after which a new document begins.
     ids = saved.tokenizer.encode_batch([prompt])[0].tolist() or [saved.tokenizer.separator_id]
     room = saved.model.config.max_seq_len - len(ids)
     if room < 1:
@@ -57,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
             f"prompt must be shorter than the model's longest sequence of {saved.model.config.max_seq_len} tokens, got "
             f"{len(ids)}"
         )
-    stream = TextStream(saved.tokenizer, _write)
+    stream = TextStream(saved.tokenizer, _write, ids)
     generate(
         saved.model,
         torch.tensor([ids], device=compute.device),
@@ -78,53 +79,68 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def read_prompt(command: GenerateCommand) -> str:
-    """The prompt from the one place that it is given in.
+    """Reads the prompt from the option, the file or standard input.
 
     Raises:
-        ValueError: It is given twice, or not at all at a terminal, or its file cannot be read.
+        ValueError: It is given twice, missing at a terminal, or its file cannot be read.
     """
     if command.prompt is not None and command.prompt_file is not None:
         raise ValueError("prompt: give --prompt or --prompt-file, not both")
     if command.prompt is not None:
-        return command.prompt
+        return _decode("prompt", os.fsencode(command.prompt))
     if command.prompt_file is None:
         if sys.stdin.isatty():
             raise ValueError("prompt: give --prompt, --prompt-file, or a text on standard input")
-        return sys.stdin.read()
+        return _decode("prompt on standard input", sys.stdin.buffer.read())
     try:
-        return command.prompt_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return _decode(f"prompt_file {command.prompt_file}", command.prompt_file.read_bytes())
+    except OSError as error:
         raise ValueError(f"prompt_file: cannot read {command.prompt_file} ({error})") from None
 
 
-class TextStream:
-    """Text of tokens that come one by one: writes what no later token can change.
+def _decode(name: str, data: bytes) -> str:
+    """Decodes a prompt; universal newlines, as text files have them."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: expected text in UTF-8, got the byte 0x{data[error.start]:02x} at {error.start}"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
-    A character may be spread over several tokens. So the text of all tokens since the last whole character is decoded
-    again with each new one, and written once it ends whole.
+
+class TextStream:
+    """Decodes a stream of tokens and writes text as soon as no later token can change it.
+
+    The whole sequence is decoded again with each token, because a character may span several tokens and some tokenizers
+    decode a token differently at the beginning of a text (without its space).
 
     Args:
-        tokenizer: What decodes.
-        write: Takes each new piece of text.
+        tokenizer: The tokenizer to decode with.
+        write: Called with each new piece of text.
+        context: Tokens before the stream, whose text is not written.
     """
 
-    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], None], context: Sequence[int] = ()) -> None:
         self._tokenizer, self._write = tokenizer, write
-        self._pending: list[int] = []
+        self._tokens = list(context)
+        self._n_written = len(tokenizer.decode(self._tokens))
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Takes the next tokens."""
-        self._pending += tokens
-        text = self._tokenizer.decode(self._pending)
+        """Adds the next tokens."""
+        self._tokens += tokens
+        text = self._tokenizer.decode(self._tokens)
         if not text.endswith(REPLACEMENT):
-            self._write(text)
-            self._pending = []
+            self._write_from(text)
 
     def close(self) -> None:
-        """Writes what is left, broken characters included."""
-        if self._pending:
-            self._write(self._tokenizer.decode(self._pending))
-            self._pending = []
+        """Writes the rest, including incomplete characters."""
+        self._write_from(self._tokenizer.decode(self._tokens))
+
+    def _write_from(self, text: str) -> None:
+        if len(text) > self._n_written:
+            self._write(text[self._n_written :])
+            self._n_written = len(text)
 
 
 def _write(text: str) -> None:

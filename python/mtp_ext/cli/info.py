@@ -1,4 +1,4 @@
-"""``mtp info``: how mtp_ext was built, what this machine offers, what is missing and how to get it."""
+"""``mtp info``: shows the build, the hardware, and missing features with how to get them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from mtp_ext.train.device import native_bfloat16
 
 @dataclass(frozen=True)
 class InfoCommand:
-    """Show how mtp_ext was built, what this machine offers, and what is missing; or what a model costs."""
+    """Show how mtp_ext was built, what this machine offers and what is missing, or the cost of a model."""
 
     config: Path | None = None
-    """A TOML file of training options, or the directory of a checkpoint or a run: show the parameters and the
-    operations of its model instead, next to those of the other architectures of the same shape."""
+    """A TOML file of training options, or the directory of a checkpoint or a run: show the parameters and FLOPs of its
+    model instead, next to those of the other architectures of the same shape."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     command = tyro.cli(InfoCommand, args=list(arguments), prog="mtp info")
     console = Console()
     if command.config is not None:
-        # Wider than a narrow terminal: cells that are cut short say nothing.
+        # Wider than a narrow terminal, because truncated cells would be useless.
         Console(width=max(console.width, TABLE_WIDTH)).print(architecture_table(*read_shape(command.config)))
         return 0
     for title, rows in sections().items():
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:
-    """What the command shows: labels and values, by section."""
+    """Returns labels and values by section."""
     built = {key: str(value) for key, value in mtp_ext.build_info().items()}
     versions = [
         ("mtp_ext", mtp_ext.__version__),
@@ -64,7 +64,7 @@ def sections() -> dict[str, list[tuple[str, str]]]:
 
 
 def missing() -> list[tuple[str, str]]:
-    """What this installation cannot do, and what would change that."""
+    """Returns the features that this installation lacks, and how to get them."""
     found = []
     built_with_cuda = bool(mtp_ext.build_info().get("cuda"))
     rebuild = "pip install --no-build-isolation --force-reinstall --no-deps ."

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO, cast
 
 import tyro
 from rich.console import Console
@@ -16,6 +17,7 @@ from mtp_ext.train.checkpoint.directory import Checkpoint
 from mtp_ext.train.checkpoint.resume import check_same_run, find_checkpoint
 from mtp_ext.train.config import DEFAULT_MAX_SECONDS, TrainConfig
 from mtp_ext.train.config_file import read_config, read_toml
+from mtp_ext.train.report.display import LastingStream
 from mtp_ext.train.run import train
 
 LIMITS = ("max_steps", "max_seconds", "max_tokens")
@@ -25,12 +27,13 @@ LIMITS = ("max_steps", "max_seconds", "max_tokens")
 class TrainCommand:
     """Train a multi-token prediction model, or continue a run.
 
-    Without options: a 4-token model on the source of Python's standard library, in 300 seconds. The run ends at the
-    first of its limits. Options here override those of --config, which override those of the checkpoint of --resume.
+    Without options, trains a 4-token model on the source of Python's standard library for 300 seconds. The run ends at
+    the first limit that it reaches. Options here override those of --config, which override those of the checkpoint of
+    --resume.
     """
 
     config: Path | None = None
-    """A TOML file of these options, as every run writes one (config.toml)."""
+    """A TOML file of these options, such as the config.toml that every run writes."""
     resume: str | None = None
     """Continue a run: its directory, one of its checkpoints, or "auto", the newest run (a new one if there is none)."""
     run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
@@ -39,7 +42,7 @@ class TrainCommand:
 def run(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     config, checkpoint = parse(arguments)
-    console = Console()
+    console = Console(file=cast(TextIO, LastingStream(sys.stdout)))
     if checkpoint is not None:
         for change in check_same_run(read_config(checkpoint.path), config):
             console.print(f"changed on resuming: {change}", highlight=False, markup=False, soft_wrap=True)
@@ -49,9 +52,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Checkpoint | None]:
-    """The run that the arguments mean, and where to continue.
+    """Parses the arguments into the run's configuration and the checkpoint to continue from.
 
-    Limits belong together: the command line's replace the file's, and those replace the checkpoint's, so that
+    Limits are replaced together: the command line's replace all of the file's, and those all of the checkpoint's, so
     ``--max-steps 100`` alone means 100 steps however long they take.
 
     Raises:
@@ -80,7 +83,7 @@ def _without_limits(config: TrainConfig) -> TrainConfig:
 
 
 def _with_limits(config: TrainConfig, layers: list[TrainConfig]) -> TrainConfig:
-    """``config`` with the limits of the last layer that has any, or the default limit."""
+    """Returns ``config`` with the limits of the last layer that has any, or the default limit."""
     for layer in reversed(layers):
         limits = {name: getattr(layer, name) for name in LIMITS}
         if any(limit is not None for limit in limits.values()):

@@ -1,7 +1,7 @@
-"""The configuration of a training run: dataclasses that are the command line, the TOML file and the record of the run.
+"""The configuration of a training run: dataclasses that define the command line, the TOML file and the run's record.
 
 A field that may be ``None`` has ``None`` as its default, so that a TOML file (which has no null) records a run exactly.
-Fields marked ``FREE`` may differ when a run is resumed; any other difference would make it another run.
+Fields marked ``FREE`` may change when a run is resumed; all others must stay the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ else:
 
 
 def _check_at_least(minimum: float, prefix: str, config: object, *names: str) -> None:
-    """Raises ValueError if a number of a section is below ``minimum`` or not a number; ``None`` passes."""
+    """Raises ValueError if a field of a section is below ``minimum`` or NaN; ``None`` passes."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= minimum:
@@ -38,7 +38,7 @@ def _check_at_least(minimum: float, prefix: str, config: object, *names: str) ->
 
 
 def _check_fraction(prefix: str, config: object, *names: str) -> None:
-    """Raises ValueError if a number of a section is outside ``[0, 1]``."""
+    """Raises ValueError if a field of a section is outside ``[0, 1]``."""
     for name in names:
         value = getattr(config, name)
         if not 0.0 <= value <= 1.0:
@@ -47,43 +47,47 @@ def _check_fraction(prefix: str, config: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model: a preset of the paper or a shape of your own; sizes that are given override the preset's."""
+    """The model: a preset of the paper or a custom shape; explicit sizes override the preset's."""
 
     preset: str | None = None
-    """Shape of the paper's appendix M: 1M, 3M, 10M, ..., 13B."""
+    """A shape from the paper's appendix M: 1M, 3M, 10M, ..., 13B."""
     n_future: int = 4
     """Number of predicted tokens n: head k predicts the k-th token ahead."""
     variant: Variant = "parallel"
-    """Architecture of the heads: the paper's five (appendix B), DeepSeek-V3's modules, or n targets on a row of
+    """Architecture of the heads: the paper's five (appendix B), DeepSeek-V3's modules, or n targets on one row of
     logits."""
     d_model: int | None = None
     """Model width (default: the preset's, else the default run's)."""
     n_layers: int | None = None
-    """Transformer layers of trunk and heads together (default: the preset's, else the default run's)."""
+    """Total transformer layers of trunk and heads (default: the preset's, else the default run's)."""
     n_attn_heads: int | None = None
-    """Attention heads of a layer (default: the preset's, else the default run's)."""
+    """Attention heads per layer (default: the preset's, else the default run's)."""
     n_kv_heads: int | None = None
     """Key-value heads of grouped-query attention (default: n_attn_heads)."""
     d_ff: int | None = None
     """Inner width of the SwiGLU (default: 8/3 of d_model, rounded up to a multiple of 64)."""
     max_seq_len: int | None = None
-    """Longest sequence that the model takes, in tokens (default: four training sequences)."""
+    """Maximum sequence length in tokens (default: four training sequences)."""
     tie_embeddings: bool = False
-    """Whether the unembedding is the embedding."""
+    """Tie the unembedding to the embedding."""
     replicate_unembedding: bool = False
-    """One unembedding for each head, as the replicated variant always has."""
+    """One unembedding per head, as the replicated variant always has."""
     dropout: float = 0.0
-    """Probability of dropping what a layer adds to the residual stream."""
+    """Dropout probability of what each layer adds to the residual stream."""
     shared_final_norm: bool = False
     """One final RMSNorm for all heads instead of one each."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
 
+    def __post_init__(self) -> None:
+        sizes = ("n_future", "d_model", "n_layers", "n_attn_heads", "n_kv_heads", "d_ff", "max_seq_len")
+        _check_at_least(1, "model.", self, *sizes)
+
     def build(self, vocab_size: int, seq_len: int) -> MTPConfig:
-        """The model's configuration for a vocabulary and a training sequence length (tokens).
+        """Builds the model's configuration for a vocabulary and a training sequence length (tokens).
 
         Raises:
-            TypeError, ValueError: As `MTPConfig`.
+            TypeError, ValueError: As for `MTPConfig`.
         """
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         given["max_seq_len"] = max(seq_len, self.max_seq_len or 4 * seq_len)
@@ -102,14 +106,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """What one optimiser step sees: batch_size * accumulation sequences."""
+    """The batch of one optimiser step: batch_size * accumulation sequences."""
 
     seq_len: int = 256
-    """Tokens of a packed sequence."""
+    """Tokens per packed sequence."""
     batch_size: int = 4
-    """Sequences that go through the model at once."""
+    """Sequences per forward pass."""
     accumulation: int = 1
-    """Passes whose gradients one step adds up; the result is that of one large batch."""
+    """Forward passes per step, whose gradients are accumulated as in one large batch."""
 
     def __post_init__(self) -> None:
         _check_at_least(1, "batch.", self, "seq_len", "batch_size", "accumulation")
@@ -122,22 +126,22 @@ class LossConfig:
     schedule: Literal["sequential", "joint", "autograd"] = "sequential"
     """sequential: head by head, least memory; joint: all heads in one pass; autograd: plain torch, the reference."""
     head_weights: tuple[float, ...] | None = None
-    """Weight of each head's loss (default: 1 each, the paper's sum). A head of weight 0 costs nothing."""
+    """Weight of each head's loss (default: 1 each, the paper's sum). Heads of weight 0 cost nothing."""
     discount: float = 1.0
     """Geometric discount: head k's weight is multiplied by discount^(k-1)."""
     weight_points: tuple[str, ...] | None = None
-    """Factors of the heads' weights over the run, linear in between: fraction:weight,weight,... such as
+    """Factors of the heads' weights over the run, interpolated linearly: fraction:weight,weight,... such as
     0:1,0,0,0 0.5:1,1,1,1."""
     curriculum: Literal["none", "forward", "reverse"] = "none"
-    """forward: head 1 first, one more after each 1/n of the run; reverse: all heads first, one less after each."""
+    """forward: head 1 first, one more after each 1/n of the run; reverse: all heads first, one fewer after each."""
     recompute: bool = False
-    """Chained heads (causal, anticausal) run again in the backward instead of keeping their activations."""
+    """Rerun chained heads (causal, anticausal) in backward instead of keeping their activations."""
 
     def weights(self, n_future: int) -> LossWeights:
-        """The weights over the run.
+        """Builds the weights over the run.
 
         Raises:
-            ValueError: They do not fit one another or the number of heads.
+            ValueError: They conflict, or do not match the number of heads.
         """
         try:
             return LossWeights(
@@ -170,7 +174,7 @@ class OptimConfig:
     weight_decay: float = field(default=0.1, metadata=FREE)
     """Decoupled weight decay of matrices; norms have none."""
     clip_norm: float = field(default=1.0, metadata=FREE)
-    """Largest norm of the whole gradient; 0 does not clip."""
+    """Maximum norm of the whole gradient; 0 disables clipping."""
 
     def __post_init__(self) -> None:
         _check_at_least(0, "optim.", self, "lr", "muon_lr", "weight_decay", "clip_norm")
@@ -200,11 +204,11 @@ class EvaluationConfig:
     every_steps: int = field(default=200, metadata=FREE)
     """Steps between validations; 0 validates at the end only."""
     batches: int = field(default=8, metadata=FREE)
-    """Batches of a validation on the way, spread over the split; 0 takes all."""
+    """Batches per validation during the run, spread over the split; 0 takes all."""
     final_batches: int = field(default=0, metadata=FREE)
-    """Batches of the validation at the end; 0 takes all."""
+    """Batches of the final validation; 0 takes all."""
     batch_size: int = field(default=8, metadata=FREE)
-    """Sequences of a validation batch."""
+    """Sequences per validation batch."""
 
     def __post_init__(self) -> None:
         _check_at_least(0, "evaluation.", self, "every_steps", "batches", "final_batches")
@@ -216,13 +220,13 @@ class CheckpointConfig:
     """When checkpoints are written and which are kept; the last step always gets one."""
 
     every_seconds: float = field(default=60.0, metadata=FREE)
-    """Seconds between checkpoints; 0 goes by steps only."""
+    """Seconds between checkpoints; 0 uses every_steps only."""
     every_steps: int = field(default=0, metadata=FREE)
-    """Steps between checkpoints; 0 goes by seconds only."""
+    """Steps between checkpoints; 0 uses every_seconds only."""
     keep_last: int = field(default=2, metadata=FREE)
-    """How many of the latest to keep."""
+    """Number of latest checkpoints to keep."""
     keep_best: bool = field(default=False, metadata=FREE)
-    """Also write one at, and keep, the lowest validation loss of head 1."""
+    """Also write and keep the checkpoint with the lowest validation loss of head 1."""
 
     def __post_init__(self) -> None:
         _check_at_least(0, "checkpoint.", self, "every_seconds", "every_steps")
@@ -234,13 +238,13 @@ class LoggingConfig:
     """What a run records and shows."""
 
     every_steps: int = field(default=10, metadata=FREE)
-    """Steps between records; each record is one step's numbers."""
+    """Steps between records; each record holds one step's numbers."""
     tensorboard: bool = field(default=True, metadata=FREE)
-    """Whether to write TensorBoard event files."""
+    """Write TensorBoard event files."""
     plots: bool = field(default=True, metadata=FREE)
-    """Whether to draw PNGs of the losses and the accept length at the end."""
+    """Plot the losses and the accept length as PNGs at the end."""
     sample_tokens: int = field(default=96, metadata=FREE)
-    """Tokens of the continuation that is generated at the end; 0 generates none."""
+    """Tokens of the sample generated at the end; 0 generates none."""
 
     def __post_init__(self) -> None:
         _check_at_least(1, "logging.", self, "every_steps")
@@ -249,22 +253,22 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. It ends at the first of its limits; without any it takes 300 seconds."""
+    """A training run. It ends at the first limit that it reaches; the default is 300 seconds."""
 
     out: Path | None = field(default=None, metadata=FREE)
-    """Directory of the run (default: a new one under runs/ named by the time)."""
+    """Directory of the run (default: a new one under runs/, named by the time)."""
     max_steps: int | None = field(default=None, metadata=FREE)
-    """Most optimiser steps."""
+    """Maximum number of optimiser steps."""
     max_seconds: float | None = field(default=None, metadata=FREE)
-    """Most seconds of training; the last validation, the sample and the plots come on top."""
+    """Maximum seconds of training, without the final validation, sample and plots."""
     max_tokens: int | None = field(default=None, metadata=FREE)
-    """Most tokens to train on."""
+    """Maximum number of tokens to train on."""
     seed: int = 0
     """Seed of the model's initial weights and of the data's order."""
     device: str = field(default="auto", metadata=FREE)
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata=FREE)
-    """bfloat16 computes in bfloat16 under autocast; auto does so on a GPU and on a CPU with bfloat16 instructions."""
+    """bfloat16 uses autocast; auto does so on GPUs and on CPUs with bfloat16 instructions."""
     threads: int | None = field(default=None, metadata=FREE)
     """CPU threads (default: torch's choice)."""
     cache: Path | None = field(default=None, metadata=FREE)
@@ -281,15 +285,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_at_least(1, "", self, "max_steps", "max_tokens", "threads")
-        _check_at_least(0, "", self, "max_seconds", "seed")
+        _check_at_least(0, "", self, "seed")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ValueError(f"max_seconds must be greater than 0, got {self.max_seconds!r}")
         self.loss.weights(self.model.n_future)
 
     @property
     def limits(self) -> Limits:
-        """Where the run ends."""
+        """The limits of the run."""
         return Limits(self.max_steps, self.max_seconds, self.max_tokens)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Positions that one optimiser step trains on."""
-        return self.batch.seq_len * self.batch.batch_size * self.batch.accumulation

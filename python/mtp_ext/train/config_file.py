@@ -1,4 +1,4 @@
-"""Configurations in TOML and JSON: read over a base with every key checked, written so that they read back equal."""
+"""Reads and writes configurations as TOML and JSON: every key is checked, and round trips are exact."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ Section = TypeVar("Section")
 
 
 def read_toml(path: Path, base: TrainConfig) -> TrainConfig:
-    """``base`` with what a TOML file sets; sections of the file are sections of `TrainConfig`.
+    """Returns ``base`` overridden by a TOML file, whose sections are those of `TrainConfig`.
 
     Raises:
-        ValueError: The file is absent or no TOML, or holds an unknown key or a value of the wrong type; the message
-            names the key.
+        ValueError: The file is missing or not valid TOML, or holds an unknown key or a value of the wrong type; the
+            message names the key.
     """
     try:
-        with path.open("rb") as file:
-            return override(base, tomllib.load(file), str(path))
+        # Paths need not be UTF-8: their other bytes are kept as the operating system interface keeps them.
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        return override(base, tomllib.loads(text), str(path))
     except OSError as error:
         raise ValueError(f"config: cannot read {path}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
@@ -40,15 +41,15 @@ def read_toml(path: Path, base: TrainConfig) -> TrainConfig:
 
 
 def override(base: Section, values: Mapping[str, Any], origin: str, prefix: str = "") -> Section:
-    """A dataclass instance with some of its fields replaced, nested ones by nested mappings.
+    """Returns a dataclass instance with some of its fields replaced; nested mappings replace nested fields.
 
     Args:
-        base: Gives every value that ``values`` does not.
+        base: The values of all other fields.
         values: New values by field name.
-        origin: What to call ``values`` in an error.
+        origin: The name of ``values`` in error messages.
         prefix: Name of the section within ``origin``, with a trailing dot.
     Raises:
-        ValueError: An unknown key, a value of the wrong type, or one that the dataclass itself refuses.
+        ValueError: An unknown key, a value of the wrong type, or one that the dataclass rejects.
     """
     hints = get_type_hints(type(base))
     known = [f.name for f in dataclasses.fields(base)]  # type: ignore[arg-type]
@@ -71,7 +72,7 @@ def override(base: Section, values: Mapping[str, Any], origin: str, prefix: str 
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """A value as JSON and TOML have it, as a field's type has it."""
+    """Converts a JSON or TOML value to a field's type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -84,6 +85,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin is tuple:
         if isinstance(value, (list, tuple)):
             return tuple(_convert(item, arguments[0], name) for item in value)
+        if arguments[0] is str and isinstance(value, str):
+            return (value,)
         raise ValueError(f"{name} must be a list, got {value!r}")
     if hint is Path and isinstance(value, str):
         return Path(value)
@@ -96,7 +99,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """All fields as JSON has them."""
+    """Returns all fields as JSON values."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return plain
 
@@ -105,14 +108,15 @@ def write_config(config: TrainConfig, directory: Path) -> None:
     """Writes `config.toml` (to read and to pass to `--config`) and `config.json` (for programs)."""
     values = to_dict(config)
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (directory / "config.toml").write_text(tomli_w.dumps(_without_none(values)), encoding="utf-8")
+    text = tomli_w.dumps(_without_none(values))
+    (directory / "config.toml").write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def read_config(directory: Path) -> TrainConfig:
-    """The configuration that `write_config` wrote.
+    """Reads a configuration written by `write_config`.
 
     Raises:
-        ValueError: It is absent or damaged.
+        ValueError: It is missing or damaged.
     """
     path = directory / "config.json"
     try:
@@ -122,6 +126,6 @@ def read_config(directory: Path) -> TrainConfig:
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    """TOML has no null: a field that is absent has its default, which is ``None`` for every field that allows it."""
+    """Drops ``None`` values: TOML has no null, and every field that allows ``None`` has it as its default."""
     kept = {key: value for key, value in values.items() if value is not None}
     return {key: _without_none(value) if isinstance(value, dict) else value for key, value in kept.items()}

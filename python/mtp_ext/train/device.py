@@ -1,4 +1,4 @@
-"""Where a model computes, and in what precision."""
+"""The device and the precision of a model's computation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Compute:
-    """A device, and whether matrix products run in bfloat16 there.
+    """A device, and whether matrix products run in bfloat16 on it.
 
     Attributes:
         device: The device.
@@ -20,11 +20,11 @@ class Compute:
     bfloat16: bool
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass."""
+        """Returns the autocast context of a forward pass."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
 
     def describe(self) -> str:
-        """For people: device and precision."""
+        """Describes device and precision for display."""
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         else:
@@ -33,13 +33,13 @@ class Compute:
 
 
 def choose_compute(device: str = "auto", precision: str = "auto") -> Compute:
-    """The device and precision that a user asked for.
+    """Resolves the device and precision options.
 
     Args:
         device: A torch device, or "auto": a GPU if there is one.
-        precision: "float32", "bfloat16", or "auto": bfloat16 where the hardware multiplies it.
+        precision: "float32", "bfloat16", or "auto": bfloat16 if the hardware supports it.
     Raises:
-        ValueError: There is no such device.
+        ValueError: The device does not exist.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,13 +52,13 @@ def choose_compute(device: str = "auto", precision: str = "auto") -> Compute:
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:
-            raise ValueError(f"device {device!r} is not there: torch {torch.__version__} sees {count} GPUs")
+            raise ValueError(f"device {device!r} does not exist: torch {torch.__version__} sees {count} GPUs")
     return Compute(chosen, native_bfloat16(chosen) if precision == "auto" else precision == "bfloat16")
 
 
 def native_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices; where it does not, bfloat16 is far slower than float32."""
+    """Returns True if the hardware multiplies bfloat16 matrices; otherwise bfloat16 is far slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch.cpu has no public name for these
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch.cpu has no public API for these
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

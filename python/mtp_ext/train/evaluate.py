@@ -1,4 +1,4 @@
-"""The validation loss of a model: per head, in nats per token and nats per byte."""
+"""Evaluates a model: validation loss per head, in nats per token and nats per byte."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mtp_ext.train.metrics import HeadMetrics, HeadTotals
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model does on a split.
+    """A model's results on a split.
 
     Attributes:
         heads: Losses in nats per token, top-1 and accept length.
         bytes_per_token: Bytes of text per token of the split.
-        n_tokens: Positions that were read.
+        n_tokens: Positions evaluated.
     """
 
     heads: HeadMetrics
@@ -30,12 +30,12 @@ class Evaluation:
     n_tokens: int
 
     @property
-    def nats_per_byte(self) -> list[float]:
+    def nats_per_byte(self) -> list[float | None]:
         """Each head's loss in nats per byte, comparable between tokenizers."""
-        return [loss / self.bytes_per_token for loss in self.heads.head_loss]
+        return [None if loss is None else loss / self.bytes_per_token for loss in self.heads.head_loss]
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers, for the record."""
+        """Returns the numbers as a record."""
         return {**self.heads.as_dict(), "nats_per_byte": self.nats_per_byte, "evaluated_tokens": self.n_tokens}
 
 
@@ -52,15 +52,15 @@ def evaluate(
     schedule: str = "sequential",
     head_weights: Sequence[float] | None = None,
 ) -> Evaluation:
-    """Evaluates a model on a split, in the order of the split: the same numbers every time.
+    """Evaluates a model on a split, in its order, so that the numbers are reproducible.
 
     Args:
-        model: The model; left in the mode that it was in.
+        model: The model; its training mode is restored.
         dataset: The tokenised corpus.
-        compute: Where and in what precision.
-        seq_len: Tokens of a row.
-        batch_size: Rows of a batch.
-        batches: Most batches, spread evenly over the split; 0 is all of it.
+        compute: Device and precision.
+        seq_len: Tokens per row.
+        batch_size: Rows per batch.
+        batches: Maximum number of batches, spread evenly over the split; 0 takes all.
         split: ``"train"`` or ``"validation"``.
         schedule: As in `MTPModel`.
         head_weights: Weight of each head in the objective.
@@ -75,6 +75,6 @@ def evaluate(
             result = model(tokens, labels=labels, document_ids=document_ids, schedule=schedule)
         assert isinstance(result, MultiTokenLoss)
         totals.add(result)
-        n_tokens += tokens.numel()
+        n_tokens += batch.n_tokens
     model.train(was_training)
     return Evaluation(totals.metrics(), dataset.split(split).bytes_per_token, n_tokens)

@@ -1,14 +1,15 @@
-"""The training loop: steps until a limit or a signal, with records, validations and checkpoints on the way."""
+"""The training loop: steps until a limit or a signal, with records, validations and checkpoints."""
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
-from mtp_ext.train.checkpoint.directory import list_checkpoints
+from mtp_ext.train.checkpoint.directory import CheckpointWriteError, list_checkpoints
 from mtp_ext.train.evaluate import Evaluation
 from mtp_ext.train.interrupt import StopRequest
-from mtp_ext.train.metrics import memory_bytes
+from mtp_ext.train.metrics import finite, memory_bytes, shown
 from mtp_ext.train.progress import Ending
 from mtp_ext.train.report.display import Display
 from mtp_ext.train.report.record import MetricsWriter
@@ -17,7 +18,7 @@ from mtp_ext.train.trainer import Trainer
 
 
 class TrainingFailedError(RuntimeError):
-    """The run cannot go on; the message says why, and from which checkpoint it can be continued."""
+    """The run cannot continue; the message says why, and from which checkpoint to resume."""
 
 
 class Loop:
@@ -25,8 +26,8 @@ class Loop:
 
     Args:
         trainer: The run, new or resumed.
-        record: Where its numbers go.
-        display: Where people look.
+        record: Receives its numbers.
+        display: Shows its progress.
     """
 
     def __init__(self, trainer: Trainer, record: MetricsWriter, display: Display) -> None:
@@ -35,42 +36,76 @@ class Loop:
         self._start = time.perf_counter()
         self._seconds_before, self._fraction_before = self._progress.seconds, trainer.fraction
         self._step_seconds, self._step_tokens = 0.0, 0
-        self._last_save = self._start
+        self._last_save, self._first_step = self._start, self._progress.step
         self._pending: dict[str, Any] | None = None  # the last step's record, until it is written
 
     def run(self) -> Ending:
-        """Steps until a limit of the configuration or a signal; the last step gets a checkpoint.
+        """Trains until a limit of the configuration or a signal; the last complete step gets a checkpoint.
 
         Raises:
-            TrainingFailedError: The loss or the gradient stopped being finite.
+            TrainingFailedError: The loss or the gradient is not finite, or anything else failed.
+            KeyboardInterrupt: As raised, with the checkpoint to continue from in its message.
         """
-        trainer = self.trainer
         with StopRequest() as stop:
-            while stop.received is None and trainer.fraction < 1.0:
-                self._step()
-                loss = self._validate()
-                if self._checkpoint_is_due(loss):
-                    trainer.save(loss)
-                    self._last_save = time.perf_counter()
-                self._progress.seconds = self._seconds()
-            self._write_record()
-            trainer.save()
+            try:
+                self._train(stop)
+            except TrainingFailedError:
+                raise
+            except Exception as error:
+                step, where = self._progress.step, self._rescue(error)
+                raise TrainingFailedError(f"after step {step}: {reason(error)}. Training stopped; {where}") from error
+            except BaseException as error:
+                where = self._rescue(error) if stop.received is None else self._last_checkpoint()
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(where) from None
+                raise
         speed = self._step_tokens / self._step_seconds if self._step_seconds else 0.0
-        return Ending(stop.received, speed, memory_bytes(trainer.compute.device))
+        return Ending(stop.received, speed, memory_bytes(self.trainer.compute.device))
+
+    def _train(self, stop: StopRequest) -> None:
+        """Steps until a limit or a signal, then writes the last record and checkpoint."""
+        trainer = self.trainer
+        while stop.received is None and trainer.fraction < 1.0:
+            self._step()
+            loss = self._validate()
+            if self._checkpoint_is_due(loss):
+                trainer.save(loss)
+                self._last_save = time.perf_counter()
+            self._progress.seconds = self._seconds()
+        self._write_record()
+        trainer.save()
+
+    def _rescue(self, error: BaseException) -> str:
+        """Writes a checkpoint of the last complete step if the state in memory allows it; returns where to continue."""
+        trainer = self.trainer
+        writable = trainer.is_consistent and not isinstance(error, CheckpointWriteError)
+        if writable and self._progress.step > self._first_step:
+            with suppress(Exception):  # the first error is the one to report
+                self._write_record()
+            with suppress(Exception):  # a lost device, a full disk: the last checkpoint remains
+                trainer.save()
+        return self._last_checkpoint()
+
+    def _last_checkpoint(self) -> str:
+        """Names the last good checkpoint and how to continue from it."""
+        good = list_checkpoints(self.trainer.checkpoints)
+        if not good:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {good[-1].path}; continue with: mtp train --resume {good[-1].path}"
 
     def _seconds(self) -> float:
-        """Seconds of training over all parts of the run."""
+        """Seconds of training, including earlier parts of a resumed run."""
         return self._seconds_before + time.perf_counter() - self._start
 
     def _step(self) -> None:
-        """Takes a step, records it if it is time to, and shows it."""
-        before = time.perf_counter()
+        """Takes a step, records it if due, and shows it."""
+        before, tokens_before = time.perf_counter(), self._progress.tokens
         try:
             result = self.trainer.step()
         except NotFiniteError as error:
             raise TrainingFailedError(self._explain(error)) from None
         self._step_seconds += time.perf_counter() - before
-        self._step_tokens += self._config.tokens_per_step
+        self._step_tokens += self._progress.tokens - tokens_before
         self._progress.seconds = self._seconds()
         self._pending = self._values(result)
         step = self._progress.step
@@ -79,16 +114,14 @@ class Loop:
         self._show(result)
 
     def _explain(self, error: NotFiniteError) -> str:
-        """What to do about a loss that is not finite."""
-        good = list_checkpoints(self.trainer.checkpoints)
-        last = f"the last good checkpoint is {good[-1].path}" if good else "there is no checkpoint yet"
+        """Explains what to do about a loss that is not finite."""
         return (
-            f"step {self._progress.step + 1}: {error}. Training stopped; {last}. A lower learning rate "
-            "(--optim.lr, --optim.muon-lr) or a longer warmup (--schedule.warmup-steps) usually helps"
+            f"step {self._progress.step + 1}: {error}. Training stopped; {self._last_checkpoint()}. A lower learning "
+            "rate (--optim.lr, --optim.muon-lr) or a longer warmup (--schedule.warmup-steps) usually helps"
         )
 
     def _values(self, result: StepResult) -> dict[str, Any]:
-        """The record of a step."""
+        """Returns the record of a step."""
         return {
             **self.trainer.position(),
             **result.heads.as_dict(),
@@ -106,28 +139,29 @@ class Loop:
         self._pending = None
 
     def _show(self, result: StepResult) -> None:
-        """Shows how far the run is, and how well the last step did."""
+        """Shows the progress of the run and the last step's numbers."""
         progress, fraction = self._progress, self.trainer.fraction
         gained = fraction - self._fraction_before
         left = (1.0 - fraction) * (progress.seconds - self._seconds_before) / gained if gained > 0 else None
         weighted = zip(result.heads.head_loss, result.head_weights, strict=True)
-        losses = " ".join(f"{loss:.2f}" if weight else "-" for loss, weight in weighted)
+        losses = " ".join(shown(loss if weight else None, ".2f") for loss, weight in weighted)
         speed = self._step_tokens / self._step_seconds
         status = f"step {progress.step}  loss per head {losses}  {speed:,.0f} tokens/s"
         self.display.update(fraction, left, status)
 
     def _validate(self) -> float | None:
-        """Validates if it is time to; returns head 1's loss in nats per token."""
+        """Validates if due; returns head 1's loss in nats per token."""
         trainer, settings, step = self.trainer, self._config.evaluation, self._progress.step
         if not settings.every_steps or step % settings.every_steps or not trainer.has_validation:
             return None
         evaluation = trainer.evaluate(settings.batches)
         self.record.write("validation", step, {**trainer.position(), **evaluation.as_dict()})
         self.display.say(f"step {step}: {describe(evaluation)}")
-        return evaluation.heads.head_loss[0]
+        loss: float | None = finite(evaluation.heads.head_loss[0])
+        return loss
 
     def _checkpoint_is_due(self, validation_loss: float | None) -> bool:
-        """Whether steps, seconds or a new best loss ask for a checkpoint."""
+        """Returns True if a checkpoint is due by steps, seconds or a new best loss."""
         settings, step = self._config.checkpoint, self._progress.step
         if settings.every_steps and step % settings.every_steps == 0:
             return True
@@ -138,7 +172,17 @@ class Loop:
         return validation_loss < self.trainer.best_validation_loss()
 
 
+def reason(error: BaseException) -> str:
+    """Formats an error in one line: the system's message and file, else its type and message."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    message = " ".join(str(error).split())
+    if isinstance(error, CheckpointWriteError):
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 def describe(evaluation: Evaluation) -> str:
-    """An evaluation in one line."""
-    per_byte = " ".join(f"{x:.3f}" for x in evaluation.nats_per_byte)
-    return f"validation {per_byte} nats/byte per head, accept length {evaluation.heads.accept_length:.2f}"
+    """Formats an evaluation in one line."""
+    per_byte = " ".join(shown(x, ".3f") for x in evaluation.nats_per_byte)
+    return f"validation {per_byte} nats/byte per head, accept length {shown(evaluation.heads.accept_length, '.2f')}"

@@ -12,24 +12,25 @@ Point = tuple[float, tuple[float, ...]]
 
 
 class LossWeights:
-    """Head ``k``'s weight after the fraction ``f`` of a run.
+    """The weight of each head after a fraction ``f`` of a run.
 
-    It is ``head_weights[k] * discount ** (k - 1) * w_k(f) * on_k(f)``. ``w_k`` runs piecewise linearly through
-    ``points`` and is constant before the first and after the last. ``on_k`` is 1 or 0: a forward curriculum begins with
-    head 1 alone and adds the next head after each ``1/n`` of the run, a reverse one begins with all heads and drops the
-    last one after each ``1/n`` (Aynetdinov & Akbik 2025, arXiv 2505.22757). A head whose weight is 0 does not run.
+    Head ``k`` has ``head_weights[k] * discount ** (k - 1) * w_k(f) * on_k(f)``. ``w_k`` is piecewise linear through
+    ``points``, and constant before the first and after the last. ``on_k`` is 1 or 0: a forward curriculum starts with
+    head 1 and adds the next head after each ``1/n`` of the run, a reverse one starts with all heads and drops the last
+    one after each ``1/n`` (Aynetdinov & Akbik 2025, arXiv 2505.22757). A head of weight 0 does not run.
 
-    The object is part of the training state. The fraction never falls: a run that is resumed with a higher limit, of
-    which less is done, goes on with the heads that it had.
+    The object is part of the training state. The fraction never decreases: a run resumed with a higher limit keeps its
+    current heads.
 
     Args:
         n_future: ``n``.
         head_weights: ``n`` factors; default 1, the paper's plain sum.
-        discount: Geometric discount of later heads, in (0, 1]; above 1 it favours them.
+        discount: Geometric discount of later heads, positive; above 1 it favours them.
         points: ``(fraction, n factors)``, by ascending fraction in [0, 1].
         curriculum: "none", "forward" or "reverse".
     Raises:
-        ValueError: A wrong number of factors, a negative or infinite one, points out of order, an unknown curriculum.
+        ValueError: A wrong number of factors, a negative or infinite one, unordered points, an unknown curriculum, or
+            all weights 0 at some point of the run.
     """
 
     def __init__(
@@ -58,34 +59,48 @@ class LossWeights:
         if any(a >= b for a, b in itertools.pairwise(fractions)):
             raise ValueError(f"weight_points must be at ascending fractions of the run, got {fractions}")
         self.fraction = 0.0
+        self._check_some_weight()
 
     @property
     def current(self) -> tuple[float, ...]:
-        """The ``n`` weights now."""
+        """The ``n`` current weights."""
         factors, heads = self._factors(), self.active_heads
         return tuple(w * f if k < heads else 0.0 for k, (w, f) in enumerate(zip(self.base, factors, strict=True)))
 
     @property
     def active_heads(self) -> int:
-        """How many heads the curriculum has now, counted from head 1."""
+        """The number of heads that the curriculum currently trains, counted from head 1."""
         stage = min(self.n_future - 1, math.floor(self.fraction * self.n_future + 1e-9))  # 3 steps of 9 are a third
         return {"none": self.n_future, "forward": 1 + stage, "reverse": self.n_future - stage}[self.curriculum]
 
     def advance(self, fraction: float) -> tuple[float, ...]:
-        """Moves on to a fraction of the run, in [0, 1], and returns the weights there."""
+        """Advances to a fraction of the run, in [0, 1], and returns its weights."""
         self.fraction = max(self.fraction, min(1.0, fraction))
         return self.current
 
     def state_dict(self) -> dict[str, float]:
-        """Where the run is, for the checkpoint."""
+        """Returns the current fraction, for the checkpoint."""
         return {"fraction": self.fraction}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the place of :meth:`state_dict`."""
+        """Restores a :meth:`state_dict`."""
         self.fraction = float(state["fraction"])
 
+    def _check_some_weight(self) -> None:
+        """Raises ValueError if no head has a weight somewhere in the run: nothing would be trained there."""
+        ends = {0.0, *(at for at, _ in self.points if at < 1), *(k / self.n_future for k in range(self.n_future))}
+        ordered = [*sorted(ends), 1.0]
+        for at in [*ordered[:-1], *((a + b) / 2 for a, b in itertools.pairwise(ordered))]:  # weights are linear between
+            self.fraction = at
+            if not any(self.current):
+                raise ValueError(
+                    f"head_weights, weight_points and curriculum must leave a positive weight, but all are 0 at "
+                    f"{at:g} of the run"
+                )
+        self.fraction = 0.0
+
     def _factors(self) -> tuple[float, ...]:
-        """``w_k`` of all heads."""
+        """Interpolates ``w_k`` of all heads."""
         if not self.points:
             return (1.0,) * self.n_future
         before = [p for p in self.points if p[0] <= self.fraction]
@@ -98,10 +113,10 @@ class LossWeights:
 
 
 def parse_point(text: str) -> Point:
-    """A point as options have it: ``"0.5:1,1,0.5,0"`` is the weights of four heads at half of the run.
+    """Parses a point: ``"0.5:1,1,0.5,0"`` gives the weights of four heads halfway through the run.
 
     Raises:
-        ValueError: Not of that form.
+        ValueError: The text has another form.
     """
     at, colon, factors = text.partition(":")
     try:

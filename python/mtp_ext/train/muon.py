@@ -1,8 +1,7 @@
-"""Muon: momentum whose update is the nearest orthogonal matrix (K. Jordan et al. 2024, github.com/KellerJordan/Muon).
+"""Muon: momentum with orthogonalised updates (K. Jordan et al. 2024, github.com/KellerJordan/Muon).
 
-`torch.optim.Muon` iterates in bfloat16 always, which on a processor without native bfloat16 costs about 25 times the
-float32 time (docs/guide/train.md). This one iterates in float32 there, and takes all matrices of one shape in one
-batch.
+`torch.optim.Muon` always iterates in bfloat16, which takes about 25 times as long as float32 on a CPU without native
+bfloat16 (docs/guide/train.md). This implementation iterates in float32 on the CPU, and batches matrices of equal shape.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The quintic of the reference implementation: steepest at zero, so that five iterations bring every singular value
-# near 1 (into about [0.7, 1.2]).
+# The quintic of the reference implementation, steepest at zero: five iterations bring every singular value near 1 (into
+# about [0.7, 1.2]).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, approximately, by Newton-Schulz iteration.
+    """Approximates the nearest (semi-)orthogonal matrices by Newton-Schulz iteration.
 
     Args:
         matrices: ``[M, rows, cols]``.
-        dtype: What the iteration computes in.
+        dtype: Dtype of the iteration.
     Returns:
         ``[M, rows, cols]`` in ``matrices``' dtype; singular values near 1.
     """
@@ -41,7 +40,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for two-dimensional hidden weights; embeddings, unembeddings and norms belong to AdamW.
+    """Muon for two-dimensional hidden weights; use AdamW for embeddings, unembeddings and norms.
 
     The update is ``p -= lr * weight_decay * p + lr * sqrt(max(1, rows / cols)) * orthogonalize(nesterov momentum)``.
 
@@ -65,7 +64,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -77,7 +76,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Updates parameters of one shape in one batch."""
+        """Updates parameters of equal shape in one batch."""
         grads = [p.grad for p in params if p.grad is not None]
         for p in params:
             if "momentum" not in self.state[p]:

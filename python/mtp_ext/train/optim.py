@@ -1,4 +1,4 @@
-"""The optimisers of a run behind one interface: which parameter goes where, one learning-rate factor, one state."""
+"""The optimisers of a run behind one interface: parameter assignment, one learning-rate factor, one state."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from mtp_ext.train.config import OptimConfig
 from mtp_ext.train.muon import Muon
 
-# Matrices that look up or score tokens: each row is a token's own, so they have no spectrum for Muon to level.
+# Matrices that look up or score tokens: each row belongs to one token, so Muon's orthogonalisation does not apply.
 TOKEN_MATRICES = ("embed.", "unembed.")
 
 
 class Optimizers:
     """AdamW for all parameters, or Muon for the layers' matrices and AdamW for the rest.
 
-    Weight decay is decoupled and spares vectors (norms). The state is a list of the optimisers' own.
+    Weight decay is decoupled and does not apply to vectors (norms). The state is a list of the optimisers' states.
 
     Args:
-        model: Its parameters are optimised; tied ones once.
-        config: Which optimiser, peak learning rates, decay, clipping.
+        model: The model whose parameters are optimised; tied ones once.
+        config: The optimiser, peak learning rates, decay and clipping.
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
@@ -44,14 +44,16 @@ class Optimizers:
             muon = Muon(layers, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay)
             self._optimizers.append(muon)
         self._peaks = [[g["lr"] for g in o.param_groups] for o in self._optimizers]
+        self.updates = 0
 
     def clip_gradients(self) -> Tensor:
-        """Scales the whole gradient down to the largest norm allowed; returns its norm before, 0-d."""
+        """Clips the norm of the whole gradient; returns the norm before clipping, 0-d."""
         limit = self._clip_norm if self._clip_norm > 0 else math.inf
         return nn.utils.clip_grad_norm_(self._parameters, limit)
 
     def step(self, factor: float) -> None:
-        """One update at ``factor`` times the peak learning rates; drops the gradients."""
+        """Updates at ``factor`` times the peak learning rates, then frees the gradients."""
+        self.updates += 1
         for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = factor * peak
@@ -59,11 +61,11 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The state of every optimiser."""
+        """Returns the state of every optimiser."""
         return [optimizer.state_dict() for optimizer in self._optimizers]
 
     def load_state_dict(self, states: list[Mapping[str, Any]]) -> None:
-        """Takes the moments of ``states``; learning rates and decay stay those of the configuration."""
+        """Restores the moments from ``states``; learning rates and decay stay those of the configuration."""
         for optimizer, state in zip(self._optimizers, states, strict=True):
             own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
             optimizer.load_state_dict(dict(state))
@@ -72,7 +74,7 @@ class Optimizers:
 
 
 def _sort_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The parameters that learn: matrices of the layers, matrices of the vocabulary, vectors."""
+    """Splits the trainable parameters into layer matrices, vocabulary matrices and vectors."""
     layers: list[Tensor] = []
     tokens: list[Tensor] = []
     vectors: list[Tensor] = []

@@ -1,5 +1,4 @@
-"""How long a run is and what its learning rate is on the way: functions of the progress alone, so that a resumed run
-continues the same curve."""
+"""Run length and learning-rate schedule as functions of the progress only: a resumed run continues the same curve."""
 
 from __future__ import annotations
 
@@ -11,12 +10,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a run ends: at the first limit that it reaches. ``None`` is no limit; at least one is set.
+    """The limits of a run, which ends at the first that it reaches. ``None`` is no limit; at least one is set.
 
     Attributes:
         max_steps: Optimiser steps.
         max_seconds: Wall-clock seconds of the training loop, over all resumed parts.
-        max_tokens: Trained positions (tokens that the trunk has seen, repeats included).
+        max_tokens: Trained positions (tokens that the trunk has seen, including repeats).
     """
 
     max_steps: int | None = None
@@ -26,7 +25,7 @@ class Limits:
 
 @dataclass
 class Progress:
-    """How far a run is; saved with every checkpoint.
+    """The progress of a run; saved with every checkpoint.
 
     Attributes:
         step: Optimiser steps done.
@@ -39,10 +38,10 @@ class Progress:
     seconds: float = 0.0
 
     def fraction(self, limits: Limits) -> float:
-        """The largest fraction of a limit that is used up, in ``[0, 1]``.
+        """Returns the largest fraction used of any limit, in ``[0, 1]``.
 
-        With limits in steps or tokens only, this is the same on every machine; with one in seconds, the schedule
-        follows the clock and always ends at its end.
+        With limits in steps or tokens only, it is the same on every machine; with one in seconds, the schedule follows
+        the clock and always completes.
         """
         used = [
             done / limit
@@ -56,7 +55,7 @@ class Progress:
         return min(1.0, max(used))
 
     def state_dict(self) -> dict[str, float]:
-        """The fields, for the checkpoint."""
+        """Returns the fields, for the checkpoint."""
         return asdict(self)
 
 
@@ -66,7 +65,7 @@ class Ending:
 
     Attributes:
         received: The signal that stopped it; ``None`` at a limit.
-        tokens_per_second: Positions trained on per second of stepping, without validations and checkpoints.
+        tokens_per_second: Positions trained on per second of training steps, without validations and checkpoints.
         memory_bytes: Peak memory of the process (on a GPU: of its allocator).
     """
 
@@ -78,11 +77,11 @@ class Ending:
 def learning_rate_factor(
     step: int, fraction: float, *, warmup_steps: int, decay_ratio: float, decay: Literal["cosine", "linear"] = "cosine"
 ) -> float:
-    """The learning rate of the next step as a fraction of its peak (Gloeckle et al. 2024, appendix M).
+    """Returns the learning rate of the next step as a fraction of its peak (Gloeckle et al. 2024, appendix M).
 
     ``min(1, (step + 1) / warmup_steps) * (decay_ratio + (1 - decay_ratio) * shape(fraction))``: a linear warmup times
-    a decay over the whole run. The warmup counts steps, since how many steps fit in a time limit is not known at the
-    start, and the decay counts the fraction of the run, for the same reason.
+    a decay over the whole run. The warmup counts steps and the decay the fraction of the run, because the number of
+    steps within a time limit is not known at the start.
 
     Args:
         step: Steps already done.

@@ -1,9 +1,8 @@
-"""A training run from its configuration to its last line."""
+"""Runs a training run from its configuration to its final report."""
 
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +11,13 @@ from rich.console import Console
 
 from mtp_ext.nn import MTPModel
 from mtp_ext.train.checkpoint.directory import Checkpoint, list_checkpoints
-from mtp_ext.train.checkpoint.resume import CHECKPOINTS, RUNS, run_of
+from mtp_ext.train.checkpoint.resume import hold_run
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.config_file import write_config
 from mtp_ext.train.data import Dataset, prepare_data
-from mtp_ext.train.device import choose_compute
+from mtp_ext.train.device import Compute, choose_compute
 from mtp_ext.train.evaluate import Evaluation
-from mtp_ext.train.loop import Loop
+from mtp_ext.train.loop import Loop, TrainingFailedError, reason
 from mtp_ext.train.progress import Ending
 from mtp_ext.train.report import summary
 from mtp_ext.train.report.display import Display
@@ -30,13 +29,13 @@ from mtp_ext.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves behind.
+    """The result of a run.
 
     Attributes:
         directory: The run's directory.
         checkpoint: Its last checkpoint.
         ending: How its loop ended.
-        evaluation: The validation at its end; ``None`` if it was stopped, or nothing is held out.
+        evaluation: The final validation; ``None`` if the run was stopped or nothing is held out.
     """
 
     directory: Path
@@ -46,7 +45,7 @@ class Outcome:
 
 
 def default_cache() -> Path:
-    """Where tokenised corpora lie if nothing else is said: ``$XDG_CACHE_HOME/mtp_ext`` or ``~/.cache/mtp_ext``."""
+    """Returns the default directory of tokenised corpora: ``$XDG_CACHE_HOME/mtp_ext`` or ``~/.cache/mtp_ext``."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "mtp_ext"
 
@@ -56,16 +55,23 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None, console: Console) 
 
     Args:
         config: The run, with at least one limit.
-        checkpoint: Where to continue; ``None`` is a new run.
-        console: Where people look.
+        checkpoint: The checkpoint to continue from; ``None`` starts a new run.
+        console: The console to print to.
     Raises:
-        ValueError: The configuration does not fit itself, the data, the machine or the checkpoint.
-        TrainingFailedError: The loss stopped being finite.
+        ValueError: The configuration is inconsistent or does not fit the data, the machine or the checkpoint.
+        TrainingFailedError: The loss is not finite, or anything else failed; the message names the last checkpoint.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     compute = choose_compute(config.device, config.precision)
-    directory = _run_directory(config.out, checkpoint)
+    with hold_run(config.out, checkpoint) as directory:
+        return _train(config, checkpoint, console, compute, directory)
+
+
+def _train(
+    config: TrainConfig, checkpoint: Checkpoint | None, console: Console, compute: Compute, directory: Path
+) -> Outcome:
+    """Trains in a directory that is locked for the run."""
     display = Display(console)
     dataset = prepare_data(config.data, config.cache or default_cache())
     torch.manual_seed(config.seed)
@@ -73,51 +79,46 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None, console: Console) 
     trainer = Trainer(config, directory, dataset, model, compute)
     if checkpoint is not None:
         trainer.load(checkpoint)
-    directory.mkdir(parents=True, exist_ok=True)
     write_config(config, directory)
     display.say(_headline(dataset, model, compute.describe(), directory))
+    n_tokens, seq_len = dataset.split("train").n_tokens, config.batch.seq_len
+    if seq_len > n_tokens:
+        display.say(
+            f"warning: batch.seq_len {seq_len} exceeds the {n_tokens} tokens of the training split; the rest of every "
+            "row is padding"
+        )
     if checkpoint is not None:
         display.say(f"continuing {checkpoint.path} after step {checkpoint.step}")
     resumed_step = trainer.progress.step
     with MetricsWriter(directory, resumed_step=resumed_step, tensorboard=config.logging.tensorboard) as record:
         with display:
             ending = Loop(trainer, record, display).run()
-        evaluation = None
-        if ending.received is None and trainer.has_validation:
-            display.say("validating on the held-out split")
-            evaluation = trainer.evaluate(config.evaluation.final_batches)
-            record.write(
-                "validation", trainer.progress.step, {**trainer.position(), **evaluation.as_dict(), "final": True}
-            )
-    outcome = Outcome(directory, list_checkpoints(trainer.checkpoints)[-1].path, ending, evaluation)
-    _show(trainer, outcome, console)
+        path = list_checkpoints(trainer.checkpoints)[-1].path
+        try:
+            evaluation = None if ending.received else _validate(trainer, record, display)
+            outcome = Outcome(directory, path, ending, evaluation)
+            _show(trainer, outcome, console)
+        except Exception as error:
+            raise TrainingFailedError(
+                f"training ended with the checkpoint {path}, but the final report failed ({reason(error)})"
+            ) from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"training ended with the checkpoint {path}") from None
     return outcome
 
 
-def _run_directory(out: Path | None, checkpoint: Checkpoint | None) -> Path:
-    """Where the run goes: ``out``; else where the checkpoint's run is; else a new directory.
-
-    Raises:
-        ValueError: Another run, or a later part of the same one, is already there.
-    """
-    if out is None:
-        own = None if checkpoint is None else run_of(checkpoint)
-        out = own if own is not None else RUNS / time.strftime("%Y%m%d-%H%M%S")
-    present = list_checkpoints(out / CHECKPOINTS)
-    if not present:
-        return out
-    if checkpoint is None:
-        raise ValueError(f"out: {out} already holds a run; pass --resume {out} to continue it, or another --out")
-    if present[-1].path.resolve() != checkpoint.path.resolve():
-        raise ValueError(
-            f"resume: {out} goes on after {checkpoint.path.name}, until {present[-1].path.name}; continue from there, "
-            "or pass another --out to branch off"
-        )
-    return out
+def _validate(trainer: Trainer, record: MetricsWriter, display: Display) -> Evaluation | None:
+    """Validates at the end of a run, if anything is held out."""
+    if not trainer.has_validation:
+        return None
+    display.say("validating on the held-out split")
+    evaluation = trainer.evaluate(trainer.config.evaluation.final_batches)
+    record.write("validation", trainer.progress.step, {**trainer.position(), **evaluation.as_dict(), "final": True})
+    return evaluation
 
 
 def _headline(dataset: Dataset, model: MTPModel, device: str, directory: Path) -> str:
-    """What is about to be trained on what."""
+    """Formats the corpus, model, device and directory of the run."""
     config, train = model.config, dataset.split("train")
     parameters = sum(p.numel() for p in model.parameters())
     return (

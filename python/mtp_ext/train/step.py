@@ -13,17 +13,17 @@ from mtp_ext.nn import MTPModel
 from mtp_ext.ops import MultiTokenLoss, count_targets
 from mtp_ext.train.data import IGNORE_INDEX, Batch
 from mtp_ext.train.device import Compute
-from mtp_ext.train.metrics import HeadMetrics, HeadTotals
+from mtp_ext.train.metrics import HeadMetrics, HeadTotals, shown
 from mtp_ext.train.optim import Optimizers
 
 
 class NotFiniteError(RuntimeError):
-    """A loss or a gradient norm is infinite or not a number; the parameters are still those of the step before."""
+    """A loss or the gradient norm is not finite; the parameters have not been updated."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured.
+    """The measurements of a step.
 
     Attributes:
         heads: The loss over all micro-batches, before the update.
@@ -47,20 +47,20 @@ def train_step(
     factor: float,
     weights: Sequence[float],
 ) -> StepResult:
-    """Takes one step on micro-batches; the result is that of all their rows in one batch.
+    """Takes one step on micro-batches, equivalent to one batch of all their rows.
 
     Args:
         model: The model.
         optimizers: Its optimisers.
         batches: The micro-batches.
-        compute: Where and in what precision.
-        schedule: The order of the heads, as :class:`mtp_ext.nn.MTPModel` takes it.
+        compute: Device and precision.
+        schedule: As in :class:`mtp_ext.nn.MTPModel`.
         factor: The learning rate as a fraction of its peak.
         weights: The heads' weights in this step.
     Raises:
         NotFiniteError: The loss or the gradient is not finite; nothing is updated.
     """
-    totals = HeadTotals(weights)
+    totals = HeadTotals(weights, skips_zeros=True)
     counts = [targets_of_heads(batch, model.config.n_future) for batch in batches]
     for batch, count, share in zip(batches, counts, head_weights(counts, weights), strict=True):
         tokens, labels, document_ids = (t.to(compute.device, non_blocking=True) for t in batch)
@@ -69,7 +69,7 @@ def train_step(
                 tokens,
                 labels=labels,
                 document_ids=document_ids,
-                head_weights=share.tolist(),  # numbers, not a tensor on the device: a head of weight 0 is then skipped
+                head_weights=share.tolist(),  # floats, not a device tensor: heads of weight 0 are then skipped
                 schedule=schedule,
                 max_valid=count,
             )
@@ -79,15 +79,16 @@ def train_step(
     grad_norm = float(optimizers.clip_gradients())
     heads = totals.metrics()
     if not (heads.is_finite and math.isfinite(grad_norm)):
-        losses = ", ".join(f"{x:.4g}" for x in heads.head_loss)
+        losses = ", ".join(shown(x, ".4g") for x in heads.head_loss)
         raise NotFiniteError(f"the loss is not finite (per head: {losses}; gradient norm: {grad_norm:.4g})")
     optimizers.step(factor)
     return StepResult(heads, grad_norm, tuple(weights), factor)
 
 
 def head_weights(counts: Sequence[Sequence[int]], weights: Sequence[float] | None) -> list[Tensor]:
-    """The weight of every head in each micro-batch, such that the sum of the micro-batches' losses is the loss of the
-    whole batch: a head's loss is a mean over its targets, and micro-batches differ in how many they have.
+    """Computes each micro-batch's head weights, with which the micro-batch losses sum to the loss of the whole batch.
+
+    A head's loss is a mean over its targets, whose number differs between micro-batches.
 
     Args:
         counts: Targets of each head in each of ``m`` micro-batches.
@@ -103,7 +104,7 @@ def head_weights(counts: Sequence[Sequence[int]], weights: Sequence[float] | Non
 
 
 def targets_of_heads(batch: Batch, n_future: int) -> list[int]:
-    """The number of targets of each head: those that exist, count, and are in their position's text."""
+    """Counts each head's targets: present, not ignored, and in their position's document."""
     return count_targets(
         batch.labels,
         n_future,

@@ -1,9 +1,10 @@
-"""A run in memory, and its way to the disk and back."""
+"""The state of a run, with its steps, saving and loading."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,14 +29,14 @@ from mtp_ext.train.step import StepResult, train_step
 
 
 class Trainer:
-    """A run in memory: model, optimisers, data order, random generators and progress.
+    """The state of a run: model, optimisers, data order, random generators and progress.
 
     Args:
-        config: The run.
-        directory: Where its records and checkpoints go.
+        config: The run's configuration.
+        directory: The directory of its records and checkpoints.
         dataset: The tokenised corpus.
         model: The model, on its device.
-        compute: Where and in what precision.
+        compute: Device and precision.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Trainer:
             dataset, "train", batch.seq_len, model.config.n_future, batch.batch_size, config.seed
         )
         self.progress = Progress()
+        self._steps_before = 0  # of earlier parts of the run
+        self._boundary: dict[str, Any] | None = None  # state before the current step; None between steps
         self.loss_weights = config.loss.weights(model.config.n_future)
         model.heads.recompute = config.loss.recompute
         self.has_validation = "validation" in dataset.splits
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Takes the whole state of a checkpoint.
+        """Restores the whole state from a checkpoint.
 
         Raises:
             ValueError: It was trained on another corpus or tokenizer.
@@ -65,24 +68,23 @@ class Trainer:
         self.optimizers.load_state_dict(state["optimizers"])
         self.stream.load_state_dict(state["stream"])
         self.progress = Progress(**state["progress"])
-        if "loss_weights" in state:  # checkpoints of before the weights changed over time have none
+        self._steps_before = self.progress.step - self.optimizers.updates
+        if "loss_weights" in state:  # absent in old checkpoints
             self.loss_weights.load_state_dict(state["loss_weights"])
         torch.set_rng_state(state["rng"]["cpu"])
         if self.compute.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.compute.device)
 
     def save(self, validation_loss: float | None = None) -> Checkpoint:
-        """Writes a checkpoint of this moment and deletes those that are no longer kept."""
-        on_gpu = self.compute.device.type == "cuda"
+        """Writes a checkpoint of the last complete step and deletes those that are no longer kept.
+
+        Raises:
+            CheckpointWriteError: It cannot be written; earlier checkpoints are kept.
+        """
         state = {
             "optimizers": self.optimizers.state_dict(),
-            "stream": self.stream.state_dict(),
             "progress": self.progress.state_dict(),
-            "loss_weights": self.loss_weights.state_dict(),
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.compute.device) if on_gpu else None,
-            },
+            **(self._boundary or self._order_state()),
         }
         checkpoint = write_checkpoint(
             self.checkpoints,
@@ -95,6 +97,23 @@ class Trainer:
         settings = self.config.checkpoint
         prune_checkpoints(self.checkpoints, settings.keep_last, keep_best=settings.keep_best)
         return checkpoint
+
+    @property
+    def is_consistent(self) -> bool:
+        """True unless a step was interrupted during its update; only then `save` must not be called."""
+        return self._steps_before + self.optimizers.updates == self.progress.step
+
+    def _order_state(self) -> dict[str, Any]:
+        """Returns the state that a step changes before its update: data order, loss weights and random generators."""
+        on_gpu = self.compute.device.type == "cuda"
+        return {
+            "stream": self.stream.state_dict(),
+            "loss_weights": self.loss_weights.state_dict(),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.compute.device) if on_gpu else None,
+            },
+        }
 
     def evaluate(self, batches: int) -> Evaluation:
         """Validates on at most ``batches`` batches; 0 takes the whole split."""
@@ -110,7 +129,7 @@ class Trainer:
         )
 
     def position(self) -> dict[str, float]:
-        """Where the run is, for the record: tokens, passes over the training split, seconds of training."""
+        """Returns tokens, epochs of the training split and seconds of training, for the record."""
         return {"tokens": self.progress.tokens, "epochs": self.stream.epochs, "seconds": self.progress.seconds}
 
     @property
@@ -122,9 +141,10 @@ class Trainer:
         """Takes the next step.
 
         Raises:
-            NotFiniteError: The loss or the gradient is not finite; the model is still that of the step before.
+            NotFiniteError: The loss or the gradient is not finite; the model has not been updated.
         """
         self.model.train()
+        self._boundary = self._order_state()
         config, schedule, fraction = self.config, self.config.schedule, self.fraction
         batches = [next(self.stream) for _ in range(config.batch.accumulation)]
         factor = learning_rate_factor(
@@ -137,11 +157,12 @@ class Trainer:
         weights = self.loss_weights.advance(fraction)
         order = config.loss.schedule
         result = train_step(self.model, self.optimizers, batches, self.compute, order, factor, weights)
-        self.progress.step += 1
-        self.progress.tokens += config.tokens_per_step
+        self.progress.tokens += sum(batch.n_tokens for batch in batches)
+        self._boundary = None
+        self.progress.step += 1  # last: `is_consistent` compares it with the updates
         return result
 
     def best_validation_loss(self) -> float:
-        """The lowest validation loss of a checkpoint, in nats per token; infinity without one."""
+        """Returns the lowest validation loss of any checkpoint, in nats per token; infinity without one."""
         losses = [c.validation_loss for c in list_checkpoints(self.checkpoints)]
         return min((loss for loss in losses if loss is not None), default=math.inf)

@@ -1,1 +1,1 @@
-"""Checkpoints on the disk: whole or absent, described, found again."""
+"""Checkpoints: atomic, self-contained directories, and finding them again."""

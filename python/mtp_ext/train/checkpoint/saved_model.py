@@ -1,4 +1,4 @@
-"""What makes a checkpoint self-contained: configurations of model and run and the tokenizer beside the weights."""
+"""Saves and loads what makes a checkpoint self-contained: model and run configurations, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SavedModel:
     """A model from a checkpoint, ready to run.
 
     Attributes:
-        checkpoint: Where it came from.
+        checkpoint: The checkpoint that it was loaded from.
         config: The configuration of its run.
         tokenizer: Its tokenizer.
         model: The model, on its device, in evaluation mode.
@@ -37,7 +37,7 @@ class SavedModel:
 
 
 def write_description(directory: Path, config: TrainConfig, model: MTPConfig, dataset: Dataset) -> None:
-    """Writes everything that a checkpoint needs beside its tensors."""
+    """Writes everything in a checkpoint except its tensors."""
     write_config(config, directory)
     (directory / MODEL_CONFIG_FILE).write_text(json.dumps(model.to_dict(), indent=2) + "\n", encoding="utf-8")
     (directory / DATASET_FILE).write_text(json.dumps(dataset.manifest, indent=2) + "\n", encoding="utf-8")
@@ -46,12 +46,12 @@ def write_description(directory: Path, config: TrainConfig, model: MTPConfig, da
 
 
 def check_dataset(checkpoint: Checkpoint, dataset: Dataset, remedy: str) -> None:
-    """Raises ValueError unless a corpus, its split and its tokenizer are those that the checkpoint was trained on.
+    """Raises ValueError unless corpus, split and tokenizer are those that the checkpoint was trained on.
 
     Args:
         checkpoint: The checkpoint.
-        dataset: What its configuration gives now.
-        remedy: The end of the message: what to do.
+        dataset: The dataset that its configuration gives now.
+        remedy: The end of the error message: what to do.
     """
     path = checkpoint.path / DATASET_FILE
     try:
@@ -66,10 +66,10 @@ def check_dataset(checkpoint: Checkpoint, dataset: Dataset, remedy: str) -> None
 
 
 def read_model_config(checkpoint: Checkpoint) -> MTPConfig:
-    """The model's configuration in a checkpoint.
+    """Reads the model's configuration from a checkpoint.
 
     Raises:
-        ValueError: It is absent or damaged.
+        ValueError: It is missing or damaged.
     """
     path = checkpoint.path / MODEL_CONFIG_FILE
     try:
@@ -83,9 +83,9 @@ def load_saved_model(path: Path, device: torch.device) -> SavedModel:
 
     Args:
         path: The directory of either.
-        device: Where the model goes.
+        device: The device of the model.
     Raises:
-        ValueError: There is no whole checkpoint, or it is not one of a model of this version.
+        ValueError: There is no complete checkpoint, or it does not fit this version's model.
     """
     checkpoint = resolve_checkpoint(path)
     model = MTPModel(read_model_config(checkpoint))

@@ -1,4 +1,4 @@
-"""What to train on and how to tokenise it, as one dataclass that a command line or a TOML file can fill."""
+"""The configuration of the corpus and its tokenizer, for the command line and TOML files."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class DataConfig:
     seed: int = 0
     """Seed of the split and of the sample that a tokenizer is learnt from."""
     suffixes: tuple[str, ...] = TEXT_SUFFIXES
-    """Suffixes of the files taken from a directory; files and globs are read whatever their suffix."""
+    """Suffixes of the files taken from a directory; files and globs are read regardless of their suffix."""
     exclude: tuple[str, ...] | None = None
-    """Patterns of paths to leave out, relative to their directory (default: nothing; for "stdlib" its tests, which many
+    """Patterns of paths to exclude, relative to their directory (default: none; for "stdlib" its tests, which many
     installations lack, and generated tables)."""
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class DataConfig:
 
 
 def _strings(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Lists (of a TOML file) as tuples; a single string is a sequence of one, never of its characters."""
+    """Converts lists (from TOML) to tuples; a single string becomes a tuple of one."""
     if value is None and name == "exclude":
         return None
     values = (value,) if isinstance(value, str) else tuple(value or ())

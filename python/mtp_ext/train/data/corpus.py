@@ -1,4 +1,4 @@
-"""The documents of a configuration, read once to hash and to split them, and again to tokenise them."""
+"""The documents of a configuration: read once to hash and split them, and again to tokenise them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _log = logging.getLogger(__name__)
 
 
 class Corpus:
-    """Reads the corpus once, and remembers of each document only its size and its side of the split.
+    """Reads the corpus once, keeping only each document's size and side of the split.
 
     Attributes:
         digest: SHA-256 of the documents' names, groups, sizes and contents.
         sizes: ``[documents]`` int64, bytes.
         in_validation: ``[documents]`` bool.
-        n_files: Files that were read.
-        skipped: How many documents were left out, by reason.
+        n_files: Number of files read.
+        skipped: Number of skipped documents by reason.
     Raises:
-        ValueError: There is nothing to read, a JSON line is wrong, or nothing can be held out.
+        ValueError: There is nothing to read, a JSON line is invalid, or nothing can be held out.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -50,10 +50,10 @@ class Corpus:
         )
 
     def documents(self, description: str) -> Iterator[Document]:
-        """The documents again, in the order of ``sizes`` and ``in_validation``.
+        """Reads the documents again, in the order of ``sizes`` and ``in_validation``.
 
         Raises:
-            RuntimeError: They are not what they were.
+            RuntimeError: They have changed.
         """
         digest = hashlib.sha256()
         changed = RuntimeError("the source files changed while they were being prepared; run again")
@@ -67,7 +67,7 @@ class Corpus:
     def _read(
         self, description: str, n_bytes: int, digest: hashlib._Hash, skipped: dict[str, list[str]]
     ) -> Iterator[Document]:
-        """The documents, each fed to ``digest``, under a progress bar of ``n_bytes``."""
+        """Reads the documents, adding each to ``digest``, under a progress bar of ``n_bytes``."""
 
         def on_skip(reason: str, name: str) -> None:
             skipped.setdefault(reason, []).append(name)
@@ -81,7 +81,7 @@ class Corpus:
                 advance(len(document.data))
 
     def _report(self, config: DataConfig, skipped: dict[str, list[str]]) -> None:
-        """Says what was left out; an empty corpus is an error."""
+        """Logs skipped documents; raises ValueError for an empty corpus."""
         reasons = "; ".join(f"{len(names)} {reason} (first: {names[0]})" for reason, names in sorted(skipped.items()))
         if not self.sizes.size:
             raise ValueError(f"source {', '.join(map(repr, config.source))} holds no text: {reasons or 'no records'}")

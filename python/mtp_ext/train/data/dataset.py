@@ -20,10 +20,10 @@ class Dataset:
     """A tokenised corpus.
 
     Attributes:
-        tokenizer: What it was tokenised with.
-        manifest: The hash of the inputs, the tokenizer, and the counts of each split, as in ``manifest.json``.
+        tokenizer: Its tokenizer.
+        manifest: The contents of ``manifest.json``: hash of the inputs, tokenizer, and counts of each split.
         fingerprint: Hash of the inputs, the split and the tokenizer.
-        splits: The splits that are not empty, by name.
+        splits: The non-empty splits by name.
     """
 
     tokenizer: Tokenizer
@@ -32,10 +32,10 @@ class Dataset:
     splits: dict[str, TokenSplit]
 
     def split(self, name: str) -> TokenSplit:
-        """The ``"train"`` or ``"validation"`` split.
+        """Returns the ``"train"`` or ``"validation"`` split.
 
         Raises:
-            ValueError: There is no such split, or ``validation_fraction`` left it empty.
+            ValueError: The name is unknown, or ``validation_fraction`` left the split empty.
         """
         if name not in (TRAIN, VALIDATION):
             raise ValueError(f"split must be {TRAIN!r} or {VALIDATION!r}, got {name!r}")
@@ -45,10 +45,10 @@ class Dataset:
 
 
 def open_dataset(directory: Path) -> Dataset:
-    """Opens a directory that ``prepare_data`` made.
+    """Opens a directory written by ``prepare_data``.
 
     Raises:
-        DamagedDataError: A file is missing, cut short or changed.
+        DamagedDataError: A file is missing, truncated or changed.
     """
     try:
         manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""In which order rows are trained on and evaluated: deterministic, resumable, the same for any number of ranks."""
+"""The order of rows in training and evaluation: deterministic, resumable, the same for any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from mtp_ext.train.data.packing import Batch, check_sizes, n_rows, pack
 
 
 class TrainingStream(Iterator[Batch]):
-    """Endless batches of a split: every epoch is a new random order of all rows, and none is left out.
+    """Endless batches of a split: every epoch is a new random permutation of all rows.
 
     A batch may hold the last rows of one epoch and the first of the next, so all batches have the same size. Rows begin
-    at the same tokens in every epoch. The place in the order is the pair (epoch, index of the next row), so
-    ``batch_size`` and ``world_size`` may change on resuming; the sequence of rows depends on the seed alone.
+    at the same tokens in every epoch. The position is the pair (epoch, index of the next row), so ``batch_size`` and
+    ``world_size`` may change on resuming; the sequence of rows depends only on the seed.
 
     Args:
         dataset: The tokenised corpus.
         split: ``"train"`` or ``"validation"``.
-        seq_len: Tokens of a row, ``S``.
-        n_future: Labels of a row behind its tokens.
-        batch_size: Rows of a batch over all ranks.
+        seq_len: Tokens per row, ``S``.
+        n_future: Additional labels per row, after its tokens.
+        batch_size: Rows per batch over all ranks.
         seed: Seed of the order.
-        rank: This process, in ``[0, world_size)``; it gets its contiguous share of each batch.
+        rank: Rank of this process in ``[0, world_size)``; it gets its contiguous share of each batch.
         world_size: Number of processes; divides ``batch_size``.
     Raises:
-        ValueError: A size is not positive, ``rank`` is outside its range, ``batch_size`` cannot be shared evenly, or
-            the split is empty.
+        ValueError: A size is not positive, ``rank`` is out of range, ``batch_size`` is not divisible by ``world_size``,
+            or the split is empty.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TrainingStream(Iterator[Batch]):
 
     @property
     def epochs(self) -> float:
-        """Passes over the split so far."""
+        """Number of passes over the split so far."""
         return self._epoch + self._index / self.rows_per_epoch
 
     def __next__(self) -> Batch:
@@ -71,26 +71,26 @@ class TrainingStream(Iterator[Batch]):
         return pack(self._split, rows, self._seq_len, self._n_future, self._separator_id)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins, and which order that is a place in; integers and strings."""
+        """Returns the position of the next batch and the identity of the order, as integers and strings."""
         return {"epoch": self._epoch, "index": self._index, **self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues with the batch that would have followed when ``state`` was taken.
+        """Continues with the batch that would have followed ``state``.
 
         Raises:
-            ValueError: ``state`` is of another order: another corpus, tokenizer, split, sequence length or seed.
+            ValueError: ``state`` belongs to another order: another corpus, tokenizer, split, sequence length or seed.
         """
         for name, value in self._identity.items():
             if state[name] != value:
                 raise ValueError(f"{name} of the data order is {value!r}, but the state to resume has {state[name]!r}")
         epoch, index = state["epoch"], state["index"]
         if epoch < 0 or not 0 <= index < self.rows_per_epoch:
-            raise ValueError(f"the state to resume is no place in the data order: epoch {epoch}, index {index}")
+            raise ValueError(f"the state to resume is not a position in the data order: epoch {epoch}, index {index}")
         self._epoch, self._index = epoch, index
         self._order = self._shuffled(epoch)
 
     def _next_rows(self) -> npt.NDArray[np.int64]:
-        """The rows of the next batch over all ranks."""
+        """Returns the rows of the next batch over all ranks."""
         parts: list[npt.NDArray[np.int64]] = []
         missing = self._batch_size
         while missing:
@@ -104,22 +104,22 @@ class TrainingStream(Iterator[Batch]):
         return np.concatenate(parts)
 
     def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The order of one epoch, from the seed and the epoch alone."""
+        """Returns the order of one epoch, which depends only on the seed and the epoch."""
         return np.random.default_rng([self._seed, epoch]).permutation(self.rows_per_epoch)
 
 
 def evaluation_batches(
     dataset: Dataset, split: str, seq_len: int, n_future: int, batch_size: int, max_tokens: int | None = None
 ) -> Iterator[Batch]:
-    """The rows of a split in order, each once; the last batch may have fewer rows.
+    """Yields the rows of a split in order, each once; the last batch may have fewer rows.
 
     Args:
         dataset: The tokenised corpus.
         split: ``"train"`` or ``"validation"``.
-        seq_len: Tokens of a row, ``S``.
-        n_future: Labels of a row behind its tokens.
-        batch_size: Rows of a batch.
-        max_tokens: Most tokens to read, rounded down to rows but at least one; they are spread evenly over the split.
+        seq_len: Tokens per row, ``S``.
+        n_future: Additional labels per row, after its tokens.
+        batch_size: Rows per batch.
+        max_tokens: Maximum number of tokens, rounded down to rows but at least one, spread evenly over the split.
     Raises:
         ValueError: A size is not positive, or the split is empty.
     """

@@ -1,8 +1,7 @@
 """Packed sequences: rows of ``seq_len`` tokens across document boundaries, with the labels of every head.
 
-Row ``i`` holds the tokens from ``i * seq_len`` on, and ``n_future`` labels more than tokens. So, over the rows of a
-split, every token is an input once, and every token with ``k`` predecessors in its document is once a target of head
-``k``.
+Row ``i`` holds the tokens from ``i * seq_len`` on, and ``n_future`` more labels than tokens. Over the rows of a split,
+every token is an input once, and every token with ``k`` predecessors in its document is a target of head ``k`` once.
 """
 
 from __future__ import annotations
@@ -23,18 +22,23 @@ class Batch(NamedTuple):
     """Rows of packed tokens (``S' = S + n_future``).
 
     Attributes:
-        tokens: ``[B, S]`` int64; behind the end of the split, the separator.
-        labels: ``[B, S']`` int64, unshifted: ``labels[:, :S] == tokens``, but ``IGNORE_INDEX`` behind the split's end.
-        document_ids: ``[B, S']`` int64, numbered from 0 in each row; what is behind the end is a document of its own.
+        tokens: ``[B, S]`` int64; the separator past the end of the split.
+        labels: ``[B, S']`` int64, unshifted: ``labels[:, :S] == tokens``, but ``IGNORE_INDEX`` past the split's end.
+        document_ids: ``[B, S']`` int64, numbered from 0 in each row; positions past the end are their own document.
     """
 
     tokens: Tensor
     labels: Tensor
     document_ids: Tensor
 
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens without the padding after the end of the split."""
+        return int((self.labels[:, : self.tokens.shape[1]] != IGNORE_INDEX).sum())
+
 
 def n_rows(split: TokenSplit, seq_len: int) -> int:
-    """Number of rows of ``seq_len`` tokens that a split fills; the last one may be short."""
+    """Returns the number of rows of ``seq_len`` tokens in a split; the last one may be short."""
     return -(-split.n_tokens // seq_len)
 
 
@@ -44,9 +48,9 @@ def pack(split: TokenSplit, rows: npt.NDArray[np.int64], seq_len: int, n_future:
     Args:
         split: The tokens.
         rows: ``[B]``, each in ``[0, n_rows(split, seq_len))``.
-        seq_len: Tokens of a row, ``S``.
-        n_future: Labels of a row behind its tokens.
-        separator_id: What pads the tokens of the last row.
+        seq_len: Tokens per row, ``S``.
+        n_future: Additional labels per row, after its tokens.
+        separator_id: Padding of the last row's tokens.
     """
     width = seq_len + n_future
     starts = rows * seq_len
@@ -55,7 +59,7 @@ def pack(split: TokenSplit, rows: npt.NDArray[np.int64], seq_len: int, n_future:
         ids = split.read(start, start + width)
         row[: ids.size] = ids
     positions = starts[:, None] + np.arange(width)
-    # Counts the documents that begin at or before each position; the end of the split counts as a beginning.
+    # The number of documents that begin at or before each position; the end of the split counts as a beginning.
     documents = np.searchsorted(split.document_starts, positions, side="right")
     documents -= documents[:, :1]
     inputs = labels[:, :seq_len]
@@ -64,7 +68,7 @@ def pack(split: TokenSplit, rows: npt.NDArray[np.int64], seq_len: int, n_future:
 
 
 def check_sizes(seq_len: int, n_future: int, batch_size: int) -> None:
-    """Raises ValueError that names a size that is not positive."""
+    """Raises ValueError if a size is not positive."""
     for name, size in (("seq_len", seq_len), ("n_future", n_future), ("batch_size", batch_size)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")

@@ -1,7 +1,7 @@
-"""Tokenises a corpus once: sources, split and tokenizer to shards, in a directory named after the hash of all three.
+"""Tokenises a corpus once into shards, in a directory named after the hash of sources, split and tokenizer.
 
-The directory appears by one rename when all of it is on the disk. Equal inputs find it again; any change (of a file,
-the split or the tokenizer) gives another directory.
+The directory is renamed into place once it is complete. Equal inputs reuse it; any change of a file, the split or the
+tokenizer gives another directory.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ FORMAT_DESCRIPTION = (
     "files has the length and SHA-256 of every file."
 )
 BPE_PREFIX = "bpe:"
-# Twice as much to learn 4,096 tokens from saves 1 % of the tokens of Python source, and takes twice the time.
+# Learning 4,096 tokens from twice as much saves 1 % of the tokens of Python source, and takes twice the time.
 BPE_SAMPLE_BYTES = 4_000_000
 ENCODE_BATCH_BYTES = 2_000_000
 
 
 def prepare_data(config: DataConfig, cache_dir: Path) -> Dataset:
-    """Opens the tokenised corpus of ``config``, and tokenises it first if that was not done before.
+    """Opens the tokenised corpus of ``config``, and tokenises it first if necessary.
 
-    Every call reads the inputs once to hash them, and verifies the checksums of the shards. Processes that prepare the
-    same corpus at the same time wait for one of them.
+    Every call reads the inputs once to hash them, and verifies the checksums of the shards. Of concurrent processes
+    with the same corpus, one prepares it and the others wait.
 
     Args:
         config: The corpus, its split and its tokenizer.
-        cache_dir: Where prepared corpora lie, a directory each; made if it does not exist.
+        cache_dir: The parent directory of prepared corpora; created if missing.
     Raises:
-        ValueError: There is nothing to read, a JSON line is wrong, nothing can be held out, or the tokenizer is
+        ValueError: There is nothing to read, a JSON line is invalid, nothing can be held out, or the tokenizer is
             unknown.
-        DamagedDataError: The prepared data was changed or cut short; the message says how to rebuild it.
+        DamagedDataError: The prepared data was changed or truncated; the message says how to rebuild it.
     """
     given = _parse_tokenizer(config.tokenizer)
     corpus = Corpus(config)
@@ -63,7 +63,7 @@ def prepare_data(config: DataConfig, cache_dir: Path) -> Dataset:
 
 
 def _parse_tokenizer(name: str) -> Tokenizer | int:
-    """A tokenizer that exists, or the vocabulary size of one to learn."""
+    """Returns an existing tokenizer, or the vocabulary size of one to learn."""
     if name == BYTES:
         return ByteTokenizer()
     if not name.startswith(BPE_PREFIX):
@@ -75,15 +75,15 @@ def _parse_tokenizer(name: str) -> Tokenizer | int:
 
 
 def _key(config: DataConfig, corpus: Corpus, given: Tokenizer | int) -> str:
-    """Name of the prepared directory: a hash of all that decides about its contents."""
+    """Returns the name of the prepared directory: a hash of everything that determines its contents."""
     tokenizer = f"{given} {BPE_SAMPLE_BYTES} {BPE_PIECES}" if isinstance(given, int) else given.fingerprint
     parts = [FORMAT, corpus.digest, config.seed, config.validation_fraction, tokenizer]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
 def _build(config: DataConfig, corpus: Corpus, given: Tokenizer | int, directory: Path) -> None:
-    """Makes ``directory``, whole or not at all; the caller holds its lock."""
-    for leftover in directory.parent.glob(f"{directory.name}.partial-*"):  # of a process that was killed
+    """Builds ``directory`` atomically; the caller holds its lock."""
+    for leftover in directory.parent.glob(f"{directory.name}.partial-*"):  # from a killed process
         shutil.rmtree(leftover)
     partial = directory.with_name(f"{directory.name}.partial-{uuid.uuid4().hex}")
     (partial / TOKENIZER_DIRECTORY).mkdir(parents=True)
@@ -115,13 +115,18 @@ def _build(config: DataConfig, corpus: Corpus, given: Tokenizer | int, directory
         manifest["files"] = checksums(partial)
         (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         partial.rename(directory)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and Path(error.filename or partial).is_relative_to(partial):  # not a source file
+            raise RuntimeError(
+                f"cache: cannot write the prepared corpus to {directory.parent} ({error.strerror or error}); free "
+                "space there, or pass another --cache"
+            ) from error
         raise
 
 
 def _write_splits(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> dict[str, Any]:
-    """Tokenises the documents into the files of both splits; returns their entries of the manifest."""
+    """Tokenises the documents into the files of both splits; returns their manifest entries."""
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {name: SplitWriter(directory, name, dtype, tokenizer.separator_id) for name in (TRAIN, VALIDATION)}
     sides = iter(corpus.in_validation.tolist())
@@ -133,7 +138,7 @@ def _write_splits(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> dict
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in batches large enough to keep all cores at work, small enough to hold."""
+    """Groups documents into batches large enough to use all cores and small enough for memory."""
     batch: list[Document] = []
     n_bytes = 0
     for document in documents:
@@ -147,7 +152,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _sample(config: DataConfig, corpus: Corpus) -> Iterator[str]:
-    """Random training documents of about ``BPE_SAMPLE_BYTES`` in all, in the order of the corpus."""
+    """Samples training documents of about ``BPE_SAMPLE_BYTES`` in total, in corpus order."""
     training = np.flatnonzero(~corpus.in_validation)
     if not training.size:
         raise ValueError(

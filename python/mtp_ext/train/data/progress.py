@@ -1,4 +1,4 @@
-"""A progress bar on standard error, where that is a terminal."""
+"""A progress bar on standard error, if that is a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(description: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the number of bytes that were handled since its last call."""
+    """Yields a function that advances the bar by a number of bytes."""
     if not sys.stderr.isatty():
         yield lambda n_bytes: None
         return

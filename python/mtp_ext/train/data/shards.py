@@ -1,4 +1,4 @@
-"""Token shards: plain ``.npy`` files of ids, mapped into memory; their document boundaries and their checksums."""
+"""Token shards: memory-mapped ``.npy`` files of ids, with document boundaries and checksums."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-SHARD_TOKENS = 1 << 26  # 128 MiB of uint16: a shard is gathered in memory before it is written
+SHARD_TOKENS = 1 << 26  # 128 MiB of uint16, buffered in memory before writing
 TokenArray = npt.NDArray[Any]  # uint16 or uint32
 
 
 class DamagedDataError(RuntimeError):
-    """Prepared data on the disk is not what was written; the message says how to build it again."""
+    """Prepared data on the disk is damaged; the message says how to rebuild it."""
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    """The smallest type that holds every id."""
+    """Returns the smallest dtype that holds every id."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """The documents of one side of the split, one behind the other, each ended by a separator.
+    """The concatenated documents of one side of the split, each ended by a separator.
 
     Attributes:
         name: ``"train"`` or ``"validation"``.
         shards: Memory-mapped ids; all but the last have the same length.
         document_starts: ``[n_documents + 1]`` int64, where each document begins; the last entry is ``n_tokens``.
         n_bytes: Bytes of the documents' texts in UTF-8.
-        names_file: JSON list of the documents' names, if they were kept.
+        names_file: JSON list of the documents' names, if kept.
     """
 
     name: str
@@ -51,12 +51,12 @@ class TokenSplit:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens with one separator per document."""
+        """Number of tokens, including one separator per document."""
         return int(self.document_starts[-1])
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text over tokens: a mean loss in nats per token divided by it is in nats per byte."""
+        """Bytes of text per token: divides a loss in nats per token into nats per byte."""
         return self.n_bytes / self.n_tokens
 
     @cached_property
@@ -66,7 +66,7 @@ class TokenSplit:
         return names
 
     def read(self, start: int, stop: int) -> TokenArray:
-        """Ids ``start`` to ``stop`` (exclusive), cut at the end of the split; a view where they lie in one shard."""
+        """Returns ids ``start`` to ``stop`` (exclusive), cut at the end of the split; a view if within one shard."""
         if len(self.shards) == 1:
             return self.shards[0][start:stop]
         length = self.shards[0].size
@@ -75,7 +75,7 @@ class TokenSplit:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def document(self, index: int) -> TokenArray:
-        """Ids of one document with its separator."""
+        """Returns the ids of one document, with its separator."""
         if not 0 <= index < self.n_documents:
             raise ValueError(f"index must be in [0, {self.n_documents}), got {index}")
         return self.read(int(self.document_starts[index]), int(self.document_starts[index + 1]))
@@ -85,9 +85,9 @@ class SplitWriter:
     """Writes the files of one split into a directory.
 
     Args:
-        directory: Where to write.
-        name: Name of the split, which begins the names of its files.
-        dtype: Type of the ids.
+        directory: The directory to write to.
+        name: Name of the split, and prefix of its files.
+        dtype: Dtype of the ids.
         separator_id: Id that ends each document.
         shard_tokens: Length of a shard.
     """
@@ -110,7 +110,7 @@ class SplitWriter:
         self._shard_files: list[str] = []
 
     def add(self, name: str, ids: npt.NDArray[np.int64], n_bytes: int) -> None:
-        """Appends a document, and the separator behind it."""
+        """Appends a document and a separator."""
         self._pending += [ids.astype(self._dtype), self._separator]
         self._n_pending += ids.size + 1
         self._starts.append(self._starts[-1] + ids.size + 1)
@@ -120,7 +120,7 @@ class SplitWriter:
             self._write_full_shards()
 
     def close(self) -> dict[str, Any]:
-        """Writes what is left and returns the split's entry of the manifest."""
+        """Writes the rest and returns the split's manifest entry."""
         self._write_full_shards()
         if self._n_pending:
             self._write_shard(np.concatenate(self._pending))
@@ -157,7 +157,7 @@ def open_split(directory: Path, name: str, entry: Mapping[str, Any]) -> TokenSpl
     Args:
         directory: The prepared data.
         name: Name of the split.
-        entry: What ``SplitWriter.close`` returned.
+        entry: The result of ``SplitWriter.close``.
     """
     shards = tuple(np.asarray(np.load(directory / file, mmap_mode="r")) for file in entry["shards"])
     return TokenSplit(
@@ -166,19 +166,19 @@ def open_split(directory: Path, name: str, entry: Mapping[str, Any]) -> TokenSpl
 
 
 def checksums(directory: Path) -> dict[str, dict[str, Any]]:
-    """Length in bytes and SHA-256 of every file below ``directory``, by relative path."""
+    """Returns length in bytes and SHA-256 of every file below ``directory``, by relative path."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in files
     }
 
 
 def verify_files(directory: Path, expected: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compares the files of ``directory`` with what ``checksums`` returned when they were written.
+    """Compares the files of ``directory`` with their recorded ``checksums``.
 
     Raises:
-        DamagedDataError: A file is missing, cut short or changed.
+        DamagedDataError: A file is missing, truncated or changed.
     """
     for name, file in expected.items():
         path = directory / name
@@ -186,7 +186,7 @@ def verify_files(directory: Path, expected: Mapping[str, Mapping[str, Any]]) -> 
             raise damaged(directory, f"{name} is missing")
         if path.stat().st_size != file["bytes"]:
             raise damaged(directory, f"{name} has {path.stat().st_size} bytes, expected {file['bytes']}")
-        if _sha256(path) != file["sha256"]:
+        if sha256_of(path) != file["sha256"]:
             raise damaged(directory, f"the checksum of {name} differs from the manifest's")
 
 
@@ -196,7 +196,8 @@ def damaged(directory: Path, problem: str) -> DamagedDataError:
     )
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

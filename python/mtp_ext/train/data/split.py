@@ -1,4 +1,4 @@
-"""The held-out split: which groups of documents go to validation."""
+"""The held-out split: chooses the groups of documents for validation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 def hash_group(group: str, seed: int) -> int:
-    """The place of a group in the random order that the split follows: 64 bits of a hash of its name and the seed."""
+    """Returns a group's sort key in the split's random order: 64 bits of a hash of its name and the seed."""
     name = f"{seed}:{group}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
@@ -17,10 +17,10 @@ def hash_group(group: str, seed: int) -> int:
 def choose_validation(
     groups: npt.NDArray[np.uint64], sizes: npt.NDArray[np.int64], fraction: float
 ) -> npt.NDArray[np.bool_]:
-    """Which documents are held out: whole groups, in the order of their hashes, as long as they fit into the fraction.
+    """Chooses the held-out documents: whole groups, in the order of their hashes, as long as they fit the fraction.
 
-    So that a few large groups do not make up the whole validation set, those larger than a quarter of it stay in
-    training, unless the others fill less than half of it. If no group fits (few files), the smallest one is held out.
+    Groups larger than a quarter of the validation set stay in training, so that a few large ones do not dominate it,
+    unless the others fill less than half of it. If no group fits (few files), the smallest one is held out.
 
     Args:
         groups: ``[documents]``, the hash of each document's group.
@@ -33,7 +33,7 @@ def choose_validation(
     """
     if fraction in (0.0, 1.0):
         return np.full(groups.shape, fraction == 1.0)
-    unique, member = np.unique(groups, return_inverse=True)  # sorted by hash: a random order that names alone decide
+    unique, member = np.unique(groups, return_inverse=True)  # sorted by hash: a random order that depends only on names
     if unique.size < 2:
         raise ValueError(
             f"validation_fraction {fraction}: the corpus is a single unit ({groups.size} documents in one file, "

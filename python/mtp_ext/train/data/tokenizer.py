@@ -7,6 +7,7 @@ that spell it are encoded as ordinary text.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,12 +23,12 @@ HUGGING_FACE = "huggingface"
 TOKENIZER_FILE = "tokenizer.json"
 DESCRIPTION_FILE = "mtp_tokenizer.json"
 
-# Pieces that a BPE merges within. Next to GPT-2's: a line's end and the indentation that follows are one piece, also
-# after punctuation ("):\n        "); a word takes one leading character that is no digit (".append", "_id", " self").
-# On Python source with 4,096 tokens this gives 3.6 bytes per held-out token, GPT-2's pattern 3.4.
+# Pre-tokenisation pattern of the BPE. Unlike in GPT-2's, a line end and the following indentation are one piece, also
+# after punctuation ("):\n        "), and a word takes one leading non-digit character (".append", "_id", " self"). On
+# Python source with 4,096 tokens it gives 3.6 bytes per held-out token, GPT-2's pattern 3.4.
 BPE_PIECES = r"\s*[\r\n]+[ \t]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|\s+"
 N_BYTES = 256
-# Longer texts are encoded in pieces cut after a line: bounded memory, and one huge file still uses all cores.
+# Longer texts are encoded in pieces cut after a line, which bounds memory and lets one huge file use all cores.
 MAX_ENCODE_CHARACTERS = 1 << 20
 SEPARATOR_NAMES = (
     "<|endoftext|>",
@@ -42,11 +43,11 @@ SEPARATOR_NAMES = (
 
 
 class Tokenizer(Protocol):
-    """Text to token ids in ``[0, vocab_size)`` and back."""
+    """Converts text to token ids in ``[0, vocab_size)`` and back."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, the separator included."""
+        """Number of ids, including the separator."""
 
     @property
     def separator_id(self) -> int:
@@ -54,20 +55,20 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides about the ids; equal after ``save`` and ``load_tokenizer``."""
+        """Hash of everything that determines the ids; unchanged by ``save`` and ``load_tokenizer``."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
-        """The ids of each text, without a separator."""
+        """Returns the ids of each text, without separators."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; separators are left out, and bytes that are not UTF-8 become U+FFFD.
+        """Returns the text of ``ids``, without separators; invalid UTF-8 becomes U+FFFD.
 
         Raises:
             ValueError: An id is outside ``[0, vocab_size)``.
         """
 
     def save(self, directory: Path) -> None:
-        """Writes the files that ``load_tokenizer`` reads into a directory that exists."""
+        """Writes the files that ``load_tokenizer`` reads into an existing directory."""
 
 
 class ByteTokenizer:
@@ -92,10 +93,10 @@ class HuggingFaceTokenizer:
 
     Args:
         serialized: Text of the file.
-        separator_id: Id that ends a document. None takes the end-of-text token that the tokenizer has, or else adds an
-            id behind its vocabulary.
+        separator_id: Id that ends a document. None takes the tokenizer's end-of-text token, or else adds an id after
+            its vocabulary.
     Raises:
-        ValueError: ``serialized`` is no tokenizer, or ``separator_id`` lies beyond the id behind its vocabulary.
+        ValueError: ``serialized`` is not a tokenizer, or ``separator_id`` is out of range.
     """
 
     def __init__(self, serialized: str, separator_id: int | None = None) -> None:
@@ -106,7 +107,7 @@ class HuggingFaceTokenizer:
         self._serialized = serialized
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # a text that spells a special token is text
+        self._tokenizer.encode_special_tokens = True  # special tokens spelt out in a text are plain text
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         n_ids = max(vocabulary.values(), default=-1) + 1
         if separator_id is None:
@@ -115,7 +116,17 @@ class HuggingFaceTokenizer:
             raise ValueError(f"separator_id must be in [0, {n_ids}], got {separator_id}")
         self.separator_id = separator_id
         self.vocab_size = max(n_ids, separator_id + 1)
-        self.fingerprint = hashlib.sha256(f"{separator_id}:{serialized}".encode()).hexdigest()
+        # The mark tells what was encoded before such texts were kept apart from separators.
+        mark = "" if self._protect_separator() else "protected:"
+        self.fingerprint = hashlib.sha256(f"{mark}{separator_id}:{serialized}".encode()).hexdigest()
+
+    def _protect_separator(self) -> bool:
+        """Makes the separator a special token if it is an ordinary added one; returns True if none was needed."""
+        added = self._tokenizer.get_added_tokens_decoder().get(self.separator_id)
+        if added is not None and not added.special:
+            self._tokenizer.add_special_tokens([added])
+        token = self._tokenizer.id_to_token(self.separator_id)
+        return token is None or (added is not None and added.special)
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         pieces = [list(_pieces(text)) for text in texts]
@@ -123,9 +134,32 @@ class HuggingFaceTokenizer:
         encoded = iter(self._tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         result = []
         for text_pieces in pieces:
-            arrays = [np.array(next(encoded).ids, dtype=np.int64) for _ in text_pieces]
+            arrays = [
+                np.array(self._without_separator(piece, next(encoded).ids), dtype=np.int64) for piece in text_pieces
+            ]
             result.append(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
         return result
+
+    def _without_separator(self, text: str, ids: list[int]) -> list[int]:
+        """Returns ``ids`` unless the model itself makes separators of ``text``, which is then encoded in parts.
+
+        Raises:
+            ValueError: A single character becomes the separator.
+        """
+        if self.separator_id not in ids:
+            return ids
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = [span for span, token in zip(encoding.offsets, encoding.ids, strict=True) if token == self.separator_id]
+        for start, end in spans:
+            if end - start < 2:
+                raise ValueError(
+                    f"tokenizer: {text[start:end]!r} in a text is encoded as the separator {self.separator_id}, which "
+                    "ends documents; the tokenizer must have another token for it"
+                )
+        cuts = [0, *((start + end) // 2 for start, end in spans), len(text)]
+        parts = [text[start:end] for start, end in itertools.pairwise(cuts)]
+        encodings = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        return [i for part, e in zip(parts, encodings, strict=True) for i in self._without_separator(part, e.ids)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._tokenizer.decode(_checked_ids(ids, self), skip_special_tokens=False))
@@ -136,13 +170,13 @@ class HuggingFaceTokenizer:
 
 
 def learn_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
-    """Learns a byte-level BPE: any text has an encoding and comes back exactly; equal texts give an equal tokenizer.
+    """Learns a byte-level BPE, deterministically; every text can be encoded and is decoded exactly.
 
     Args:
         texts: The sample to learn from.
-        vocab_size: Most ids, with the 256 bytes and the separator (a small sample may give fewer).
+        vocab_size: Maximum number of ids, including the 256 bytes and the separator (a small sample may give fewer).
     Raises:
-        ValueError: ``vocab_size`` has no room for the bytes and the separator.
+        ValueError: ``vocab_size`` is too small for the bytes and the separator.
     """
     if vocab_size <= N_BYTES:
         raise ValueError(f"tokenizer: a BPE needs a vocabulary of at least {N_BYTES + 1} tokens, got {vocab_size}")
@@ -155,7 +189,7 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,  # the separator is an id of ours behind the vocabulary, so that no text spells it
+        vocab_size=vocab_size - 1,  # the separator is our own id after the vocabulary, so that no text spells it
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
         special_tokens=[],
@@ -165,10 +199,10 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Loads a tokenizer from a directory that ``save`` wrote to (a checkpoint), or from a ``tokenizer.json``.
+    """Loads a tokenizer from a directory written by ``save`` (in a checkpoint), or from a ``tokenizer.json``.
 
     Raises:
-        ValueError: There is no tokenizer at ``path``, or a file of it is damaged.
+        ValueError: There is no tokenizer at ``path``, or one of its files is damaged.
     """
     description: dict[str, Any] = {"kind": HUGGING_FACE}
     if path.is_dir():
@@ -188,7 +222,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """``text`` in pieces of at most ``MAX_ENCODE_CHARACTERS``, cut after a line where there is one."""
+    """Splits ``text`` into pieces of at most ``MAX_ENCODE_CHARACTERS``, cut after a line if possible."""
     start = 0
     while len(text) - start > MAX_ENCODE_CHARACTERS:
         limit = start + MAX_ENCODE_CHARACTERS
@@ -199,7 +233,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _checked_ids(ids: Iterable[int], tokenizer: Tokenizer) -> list[int]:
-    """``ids`` as a list without separators."""
+    """Checks ``ids`` and returns them without separators."""
     checked = [int(token) for token in ids]
     for token in checked:
         if not 0 <= token < tokenizer.vocab_size:

@@ -1,1 +1,1 @@
-"""What a run shows and leaves to read: records, progress, tables, plots, a sample."""
+"""Reports of a run: records, progress, tables, plots and a text sample."""

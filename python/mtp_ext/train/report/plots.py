@@ -1,7 +1,8 @@
-"""Pictures of a run: loss per head and accept length over the tokens."""
+"""Plots of a run: loss per head and accept length over tokens."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from matplotlib.ticker import EngFormatter
 from mtp_ext.train.report.record import METRICS_FILE, read_metrics
 
 SIZE_INCHES, DPI = (8.0, 5.0), 150
-SMOOTHED_POINTS = 60  # a curve is averaged over about 1/60 of the run: single steps are noisy
-# Okabe and Ito's palette: told apart by colour-blind readers.
+SMOOTHED_POINTS = 60  # average over about 1/60 of the run, because single steps are noisy
+# The colour-blind-safe palette of Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 
 
@@ -22,7 +23,7 @@ def plot_run(directory: Path) -> list[Path]:
     """Draws `loss.png` and `accept_length.png` from a run's records into its directory.
 
     Returns:
-        The files, none if there are no records.
+        The files; empty without records.
     """
     records = list(read_metrics(directory / METRICS_FILE))
     train = [r for r in records if r["kind"] == "train"]
@@ -39,11 +40,11 @@ def _losses(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Fi
     figure, axes = _axes("Loss of each head", "loss (nats per token)")
     for k in range(len(train[0]["head_loss"])):
         colour = COLOURS[k % len(COLOURS)]
-        ran = [r for r in train if r.get("head_weights", r["head_loss"])[k] != 0]  # without a weight it has no loss
+        ran = [r for r in train if r.get("head_weights", r["head_loss"])[k] != 0]  # a head of weight 0 has no loss
         y = _smoothed([r["head_loss"][k] for r in ran])
         axes.plot(_tokens(ran), y, color=colour, linewidth=1.2, label=f"head {k + 1} (token t+{k + 1})")
         if validation:
-            y = [r["head_loss"][k] for r in validation]
+            y = _gaps([r["head_loss"][k] for r in validation])
             axes.plot(_tokens(validation), y, color=colour, linestyle="none", marker="o", markersize=5, mec="white")
     if validation:
         axes.plot([], [], color="0.4", linestyle="none", marker="o", markersize=5, label="validation")
@@ -57,7 +58,7 @@ def _accept_length(train: list[dict[str, Any]], validation: list[dict[str, Any]]
     y = _smoothed([r["accept_length"] for r in train])
     axes.plot(_tokens(train), y, color=COLOURS[0], linewidth=1.2, label="training")
     if validation:
-        y = [r["accept_length"] for r in validation]
+        y = _gaps([r["accept_length"] for r in validation])
         axes.plot(_tokens(validation), y, color=COLOURS[1], linestyle="none", marker="o", label="validation")
     axes.set_ylim(bottom=1.0)
     axes.legend(frameon=False)
@@ -80,8 +81,16 @@ def _tokens(records: Sequence[dict[str, Any]]) -> list[int]:
     return [r["tokens"] for r in records]
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """Means over a window around each value; at the ends over what there is of it."""
+def _smoothed(values: Sequence[float | None]) -> list[float]:
+    """Averages over a centred window, truncated at the ends; NaN where a value is missing."""
     half = len(values) // (2 * SMOOTHED_POINTS)
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    means = []
+    for i, value in enumerate(values):
+        window = [v for v in values[max(0, i - half) : i + half + 1] if v is not None]
+        means.append(math.nan if value is None else sum(window) / len(window))
+    return means
+
+
+def _gaps(values: Sequence[float | None]) -> list[float]:
+    """Returns values with NaN, which is not drawn, for those that are missing."""
+    return [math.nan if value is None else value for value in values]

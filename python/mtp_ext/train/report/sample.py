@@ -1,4 +1,4 @@
-"""A continuation of held-out text, to look at."""
+"""Generates a continuation of held-out text for inspection."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TEMPERATURE, TOP_P = 0.7, 0.9
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out text, cut in two.
+    """Held-out text, split into a prompt and the rest.
 
     Attributes:
-        name: Where it comes from.
+        name: Its source.
         prompt: Its beginning.
-        rest: What follows in the source.
+        rest: The text after the prompt.
     """
 
     name: str
@@ -32,7 +32,7 @@ class HeldOut:
 
 
 def choose_held_out(dataset: Dataset) -> HeldOut | None:
-    """The first documented function of moderate length in a held-out Python file; else the first held-out text.
+    """Chooses the first documented function of moderate length in a held-out Python file, else the first held-out text.
 
     Returns:
         ``None`` if nothing is held out.
@@ -52,14 +52,14 @@ def choose_held_out(dataset: Dataset) -> HeldOut | None:
 
 
 def continue_text(model: MTPModel, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, seed: int) -> str:
-    """Draws a continuation of a prompt (temperature 0.7, top-p 0.9), the same for the same seed.
+    """Samples a continuation of a prompt (temperature 0.7, top-p 0.9), reproducible by seed.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        prompt: Text; what does not fit the model's longest sequence is cut off at its beginning.
-        max_new_tokens: Most tokens to add.
-        seed: Seed of the draw.
+        prompt: Text; truncated at its beginning to fit the model's maximum sequence length.
+        max_new_tokens: Maximum number of tokens to add.
+        seed: Seed of the sampling.
     """
     device = next(model.parameters()).device
     new_tokens = min(max_new_tokens, model.config.max_seq_len - 1)
@@ -78,11 +78,12 @@ def continue_text(model: MTPModel, tokenizer: Tokenizer, prompt: str, max_new_to
         n_draft=0,
     )
     model.train(was_training)
-    return tokenizer.decode(output.tokens[0].tolist())
+    # With the prompt: some tokenizers decode the first token of a text without its space.
+    return tokenizer.decode([*ids, *output.tokens[0].tolist()])[len(tokenizer.decode(ids)) :]
 
 
 def _first_function(text: str) -> tuple[str, str] | None:
-    """Name and source of the first documented function of moderate length."""
+    """Returns name and source of the first documented function of moderate length."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
@@ -96,7 +97,7 @@ def _first_function(text: str) -> tuple[str, str] | None:
 
 
 def _cut(name: str, text: str) -> HeldOut:
-    """Text cut after a line, at ``PROMPT_FRACTION`` of its lines."""
+    """Splits a text after ``PROMPT_FRACTION`` of its lines."""
     lines = text.splitlines(keepends=True)
     at = max(1, round(PROMPT_FRACTION * len(lines)))
     return HeldOut(name, "".join(lines[:at]), "".join(lines[at:]))

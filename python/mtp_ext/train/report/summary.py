@@ -1,4 +1,4 @@
-"""The last lines of a run: what it reached, what it writes, and where everything is."""
+"""The final report of a run: results, text sample and paths."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mtp_ext.train.evaluate import Evaluation
+from mtp_ext.train.metrics import shown
 from mtp_ext.train.progress import Ending, Progress
 from mtp_ext.train.report.display import format_duration
 from mtp_ext.train.report.sample import HeldOut
 
 
 def evaluation_table(evaluation: Evaluation, title: str = "Validation") -> Table:
-    """Loss and top-1 of each head."""
+    """Builds a table of loss and top-1 of each head."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("head")
     table.add_column("predicts")
@@ -26,18 +27,18 @@ def evaluation_table(evaluation: Evaluation, title: str = "Validation") -> Table
     for k, (loss, per_byte, top1) in enumerate(
         zip(heads.head_loss, evaluation.nats_per_byte, heads.top1, strict=True), start=1
     ):
-        table.add_row(str(k), f"token t+{k}", f"{loss:.4f}", f"{per_byte:.4f}", f"{top1:.1%}")
+        table.add_row(str(k), f"token t+{k}", shown(loss, ".4f"), shown(per_byte, ".4f"), shown(top1, ".1%"))
     return table
 
 
 def accept_line(evaluation: Evaluation) -> tuple[str, str]:
-    """Label and value of the accept length."""
+    """Returns label and value of the accept length."""
     n = len(evaluation.heads.head_loss)
-    return "accept length", f"{evaluation.heads.accept_length:.2f} of {n} tokens per self-speculative step"
+    return "accept length", f"{shown(evaluation.heads.accept_length, '.2f')} of {n} tokens per self-speculative step"
 
 
 def facts_table(facts: list[tuple[str, str]]) -> Table:
-    """Labels and values without lines."""
+    """Builds a table of labels and values without lines."""
     table = Table.grid(padding=(0, 2))
     for label, value in facts:
         table.add_row(Text(label, style="bold"), Text(value))
@@ -45,7 +46,7 @@ def facts_table(facts: list[tuple[str, str]]) -> Table:
 
 
 def run_facts(ending: Ending, progress: Progress, epochs: float, device: str) -> list[tuple[str, str]]:
-    """What a run cost."""
+    """Returns labels and values of a run's speed, memory and length."""
     memory = "peak GPU memory" if "CPU" not in device else "peak memory"
     return [
         ("speed", f"{ending.tokens_per_second:,.0f} tokens per second"),
@@ -60,7 +61,7 @@ def run_facts(ending: Ending, progress: Progress, epochs: float, device: str) ->
 
 
 def sample_panel(held_out: HeldOut, continuation: str) -> RenderableType:
-    """The model's continuation below its prompt, and the source's own."""
+    """Builds panels of the model's continuation and the source's own, each after the prompt."""
 
     def panel(title: str, rest: str, style: str) -> Panel:
         return Panel(
@@ -74,7 +75,7 @@ def sample_panel(held_out: HeldOut, continuation: str) -> RenderableType:
 
 
 def print_paths(console: Console, checkpoint: Path, plots: list[Path], run: Path) -> None:
-    """Where the results are, one path a line, and what to do with them."""
+    """Prints the paths of the results, one per line, and a command to try."""
     lines = [("checkpoint", checkpoint), *(("plot", plot) for plot in plots), ("records", run / "metrics.jsonl")]
     for label, path in lines:
         console.print(f"{label:<11}{path}", highlight=False, markup=False, soft_wrap=True)

@@ -99,7 +99,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 
     def write_a_part_and_fail(*arguments: Any, **_: object) -> None:
         if stage != "mkdir":
-            Path(getattr(arguments[1], "name", arguments[1])).write_bytes(b"part")
+            target = arguments[1]  # a path, or an open file
+            Path(target if isinstance(target, Path) else target.name).write_bytes(b"part")
         raise error
 
     owner = {"save_file": module, "save": module.torch, "mkdir": Path}[stage]

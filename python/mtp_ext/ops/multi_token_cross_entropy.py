@@ -145,13 +145,8 @@ def _check_hidden(heads: tuple[Tensor, ...], stacked: bool, labels: Tensor) -> t
         if h.dtype != heads[0].dtype:
             raise TypeError(f"{name} must have the dtype of hidden[0], got {checks.describe(h)}")
         checks.check_shape(name, h, heads[0].shape, "that of the first head")
-    checks.check_tensor("labels", labels, dtypes=checks.INDEX_DTYPES, shape="[B, S']", device=heads[0].device)
     batch, seq_len = heads[0].shape[-3:-1]
-    if labels.dim() != 2 or labels.shape[0] != batch or labels.shape[1] < seq_len:
-        raise ValueError(
-            f"labels must be [B, S'] with B = {batch} and S' >= S = {seq_len} (unshifted; S + n loses no target), got "
-            f"{checks.describe(labels)}"
-        )
+    checks.check_labels(labels, batch, seq_len, heads[0].device)
     n_heads = heads[0].shape[0] if stacked else len(heads)
     if n_heads == 0:
         raise ValueError(f"hidden must hold at least one head, got {checks.describe(heads[0])}")

@@ -65,12 +65,7 @@ class Targets:
         """Checks the arguments of a forward; raises TypeError or ValueError for the first wrong one."""
         if unknown := keywords.keys() - _KEYWORDS:
             raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
-        checks.check_tensor("labels", labels, dtypes=checks.INDEX_DTYPES, shape="[B, S']", device=device)
-        if labels.dim() != 2 or labels.shape[0] != batch or labels.shape[1] < seq_len:
-            raise ValueError(
-                f"labels must be [B, S'] with B = {batch} and S' >= S = {seq_len} (unshifted; S + n loses no target), "
-                f"got {checks.describe(labels)}"
-            )
+        checks.check_labels(labels, batch, seq_len, device)
         token_weights = keywords.get("token_weights")
         checks.check_like_labels(labels, document_ids, token_weights)
         n_heads = heads.n_heads

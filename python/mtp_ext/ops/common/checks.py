@@ -70,6 +70,16 @@ def check_constant(name: str, x: object) -> None:
         raise ValueError(f"{name} must not require grad, because the loss gives it no gradient: pass {name}.detach()")
 
 
+def check_labels(labels: Tensor, batch: int, seq_len: int, device: torch.device) -> None:
+    """Checks unshifted labels ``[B, S']`` for ``[B, S]`` positions."""
+    check_tensor("labels", labels, dtypes=INDEX_DTYPES, shape="[B, S']", device=device)
+    if labels.dim() != 2 or labels.shape[0] != batch or labels.shape[1] < seq_len:
+        raise ValueError(
+            f"labels must be [B, S'] with B = {batch} and S' >= S = {seq_len} (unshifted; S + n loses no target), got "
+            f"{describe(labels)}"
+        )
+
+
 def check_like_labels(labels: Tensor, document_ids: Tensor | None, token_weights: Tensor | None) -> None:
     """Checks the optional tensors that have one entry per label."""
     optional = (("document_ids", document_ids, INDEX_DTYPES), ("token_weights", token_weights, FLOAT_DTYPES))

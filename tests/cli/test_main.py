@@ -175,6 +175,7 @@ def test_a_prepared_run_can_be_continued_by_its_path(capsys: pytest.CaptureFixtu
     assert "continuing" in out and "max_steps: 1 -> 2" in out
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8_are_trained_on_and_recorded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -197,6 +198,7 @@ def test_names_that_are_not_utf8_are_trained_on_and_recorded(
     assert call(capsys, "generate", "--checkpoint", str(root / "run"), "--prompt", "é")[0] == 0
 
 
+@pytest.mark.slow
 def test_an_ascii_terminal_shows_other_characters_escaped(tmp_path: Path) -> None:
     run(tiny_config(tmp_path, max_steps=1))
     arguments = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "é", "--temperature", "2"]

@@ -158,6 +158,7 @@ def test_top_1_sampling_is_greedy(model: MTPModel, prompts: list[Tensor]) -> Non
     assert as_lists(generate(model, prompts, 8, temperature=3.0, top_k=1)) == as_lists(generate(model, prompts, 8))
 
 
+@pytest.mark.slow
 def test_sampled_tokens_follow_the_models_distribution(model: MTPModel) -> None:
     prompt = torch.tensor([[3, 1, 4]])
     n = 20_000

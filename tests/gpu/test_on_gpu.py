@@ -17,6 +17,7 @@ def test_no_check_is_lost() -> None:
     assert len(names) == len(set(names)) > 15 and any(check.small for check in all_checks())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
     [
@@ -36,6 +37,7 @@ def test_checks_hold_on_the_cpu(run: Callable[[torch.device], None]) -> None:
     run(torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
     [

@@ -67,6 +67,7 @@ def test_compile_full_graph(function: Callable[..., Tensor], backend: str) -> No
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_dynamic_graph_is_compiled_once_for_all_sizes() -> None:
     counter = CompileCounter()  # type: ignore[no-untyped-call]
 
@@ -85,6 +86,7 @@ def test_a_dynamic_graph_is_compiled_once_for_all_sizes() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compile_with_a_gradient_buffer() -> None:
     hidden, weight, labels = make(2, 3, 5)
 

@@ -15,6 +15,7 @@ from tests.support.loss_calls import Call, run
 from tests.support.pretend_cuda import pretend_cuda
 
 
+@pytest.mark.slow
 @given(calls())
 def test_any_call(call: Call) -> None:
     """16-bit logits are held in 16 bits, also where the CPU would hold them in float32."""

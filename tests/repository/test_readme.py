@@ -87,7 +87,10 @@ def figures() -> list[str]:
     faster = {(row["N"], row["D"], row["V"]): row.get("baseline_ratio") for row in points if row["impl"] == "mtp_ext"}
     ratios = {shape: ratio for shape, ratio in faster.items() if ratio}
     at_256 = [ratio for (_, _, vocab), ratio in ratios.items() if vocab == 256]
+    _, small = results("before_after_house")
+    row = next(row for row in small if row["case"].startswith("loss, N = 1,"))
     return [
+        f"one row takes {row['after_ratio']:.1f} times as long as there, {row['after_ms']:.2f} ms",
         f"n = 4 heads takes {cost(step['sequential'])}, against {cost(step['autograd'])} with plain torch",
         sizes(step["sequential"], "BSDV"),
         f"float32, {env['cpu']}, {env['threads']} threads",

@@ -46,11 +46,13 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(tmp_path: Path, numb
 
 
 def test_a_second_signal_ends_at_once() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.received is signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_handlers_are_given_back() -> None:

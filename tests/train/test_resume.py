@@ -33,6 +33,7 @@ def latest(directory: Path) -> Checkpoint:
     return list_checkpoints(directory / "checkpoints")[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_four_and_four_steps_are_eight(tmp_path: Path, name: str) -> None:
     """With accumulation, clipping that bites, a warmup across the stop, validations, and an epoch that ends within."""

@@ -18,6 +18,7 @@ from tests.train.tiny import run, tiny_config
 MANY_STEPS = 100_000
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     """Also with ``--resume``, which would write the same checkpoints; a kill releases the lock."""
     directory = tmp_path / "run"

@@ -104,6 +104,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_padding_is_not_counted_as_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where a row is longer than the corpus, a step trains on the corpus and no more; a line says so."""
     config = tiny_config(tmp_path, batch=BatchConfig(seq_len=9000, batch_size=2, accumulation=2))

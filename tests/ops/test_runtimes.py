@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtp_ext.nn import MTPConfig, MTPModel
+from mtp_ext.nn.variants import VARIANTS
 from mtp_ext.ops import linear_cross_entropy, multi_token_cross_entropy
 from mtp_ext.ops.common.backend import CpuBackend, use_backend
 from tests.nn.conftest import ALL_VARIANTS
@@ -27,8 +29,9 @@ def leaves(device: str = "cpu") -> list[Tensor]:
     ]
 
 
-def make_model(variant: str = "parallel") -> MTPModel:
-    return MTPModel(MTPConfig(VOCAB, WIDTH, 4, 2, n_future=N, variant=variant))
+def make_model(variant: str = "parallel", trunk_layers: int = 2) -> MTPModel:
+    n_layers = trunk_layers + VARIANTS[variant].n_layers(N)
+    return MTPModel(MTPConfig(VOCAB, WIDTH, n_layers, 2, n_future=N, variant=variant))
 
 
 @pytest.mark.parametrize("variant", ALL_VARIANTS)
@@ -170,8 +173,10 @@ def test_sparse_tensors(name: str) -> None:
 @pytest.mark.parametrize("schedule", ["sequential", "joint"])
 @pytest.mark.parametrize("variant", ["parallel", "causal", "shared"])
 def test_compiled_models_take_changing_lengths(variant: str, schedule: str) -> None:
+    """The first two lengths are compiled, the second for any length; those that follow run what is there."""
     torch._dynamo.reset()
-    model = make_model(variant)
+    counters.clear()
+    model, graphs = make_model(variant, trunk_layers=1), []
     compiled = torch.compile(model, backend="aot_eager")
     for length in (6, 5, 9, 7):
         labels = torch.randint(VOCAB, (2, length + N))
@@ -182,6 +187,8 @@ def test_compiled_models_take_changing_lengths(variant: str, schedule: str) -> N
             grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1] == graphs[2] == graphs[3]
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "joint"])

@@ -75,7 +75,9 @@ class AttentionContext:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Computes the attention of ``q [B, S, H, d]`` to ``k, v [B, L, H_kv, d]``: ``[B, S, H, d]``."""
         if self.segments is None:
-            return _attend(q, k, v, mask=self.mask, is_causal=self.mask is None and q.shape[1] == k.shape[1])
+            # Lengths are only compared with a cache: under torch.compile they may be symbolic, which sdpa refuses here.
+            sees_all = self.cache is not None and q.shape[1] != k.shape[1]
+            return _attend(q, k, v, mask=self.mask, is_causal=self.mask is None and not sees_all)
         q_parts, k_parts, v_parts = (torch.split(x.flatten(0, 1)[None], self.segments, dim=1) for x in (q, k, v))
         parts = [_attend(*qkv, mask=None, is_causal=True) for qkv in zip(q_parts, k_parts, v_parts, strict=True)]
         return torch.cat(parts, dim=1).view(q.shape)

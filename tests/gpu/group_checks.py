@@ -104,7 +104,7 @@ def group_of_one(device: torch.device) -> Iterator[dist.ProcessGroup]:
 
 @check()
 def a_group_of_one_equals_no_group(device: torch.device) -> None:
-    """And no host waits after the first loss of a parameter."""
+    """Results are equal, and only the first loss of a parameter synchronises with the host."""
     hidden = torch.randn(2, 2, 33, 64, device=device).requires_grad_()
     weight = torch.randn(1003, 64, device=device).requires_grad_()
     labels = torch.randint(1003, (2, 35), device=device)

@@ -27,7 +27,7 @@ def test_a_kind_of_head_that_cannot_start_as_another_is_refused(
 ) -> None:
     layer = HeadLayer("torch.nn:Identity", matrices=2)
     monkeypatch.setitem(VARIANTS, "new", Variant(layer, "independent"))
-    with pytest.raises(NotImplementedError, match=r"cannot make torch\.nn:Identity"):
+    with pytest.raises(ValueError, match=r"can start as head 1 of a model, got torch\.nn:Identity"):
         add_heads(make_model(1), 3, "new")
 
 

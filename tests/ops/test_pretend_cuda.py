@@ -63,7 +63,7 @@ def test_a_models_step(variant: str, schedule: str) -> None:
 
 @pytest.mark.parametrize("normalizer", ["per_head", 7.0])
 def test_the_heads_of_one_row_look_at_no_target(normalizer: str | float) -> None:
-    """One that is no class was an index into the unembedding: an assertion on the device ends the process."""
+    """An invalid target must not index the unembedding: on a GPU the failed assertion would end the process."""
     model = make_model(torch.device("cpu"), variant="shared")
     labels = torch.randint(VOCAB, (2, 12))
     expected = model(labels[:, :9], labels, normalizer=normalizer).loss

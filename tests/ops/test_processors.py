@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mtp_ext import _C
+from mtp_ext.ops.common.backend import has_fast_bfloat16_gemm
+from mtp_ext.train.device import native_bfloat16
 
 pytestmark = pytest.mark.slow
 LEVELS = ("plain", "avx2", "avx512")
@@ -27,6 +30,9 @@ TESTS = ("test_awkward_sizes.py", "test_properties.py", "test_processors.py::tes
 def test_the_level_is_the_one_asked_for() -> None:
     asked = os.environ.get("MTP_EXT_CPU_CAPABILITY")
     assert asked is None or _C.build_info()["cpu_capability"] in LEVELS[: LEVELS.index(asked) + 1]
+    cpu = torch.device("cpu")
+    assert native_bfloat16(cpu) == has_fast_bfloat16_gemm()  # the trainer and the loss choose alike
+    assert asked in (None, "avx512") or not native_bfloat16(cpu)
 
 
 @pytest.mark.parametrize("level", ENVIRONMENTS)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -169,6 +169,7 @@ def test_imports_within_a_package_follow_the_drawn_order(package: str) -> None:
     assert [edge for edge in imports_within(package) if order.index(edge[1]) > order.index(edge[2])] == []
 
 
-def test_the_code_of_architecture_runs() -> None:
+@pytest.mark.slow
+def test_the_code_of_architecture_runs(tmp_path: Path) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```$", ARCHITECTURE.read_text(), re.DOTALL | re.MULTILINE)
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    forked.run_code(code, tmp_path)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mtp_ext.cli.main import main
 from mtp_ext.cli.train import parse
+from tests.support import forked
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -38,20 +40,32 @@ def test_readme_has_code_for_the_loss_and_the_model() -> None:
     assert "mtp_ext.multi_token_cross_entropy(" in README and "MTPModel(" in README
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", BLOCKS)
 def test_python_blocks_run(code: str, tmp_path: Path) -> None:
     if "transformers" in code:
         pytest.importorskip("transformers")
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+    forked.run_code(code, tmp_path)
+
+
+def output_of(arguments: list[str]) -> tuple[int, str]:
+    """The exit code of a command, and what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        try:
+            code = main(arguments)
+        except SystemExit as ending:
+            code = int(ending.code or 0)
+    return code, shown.getvalue()
 
 
 @functools.cache
 def help_of(command: str) -> str:
-    shown = subprocess.run([sys.executable, "-m", "mtp_ext", command, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    return shown.stdout
+    code, shown = forked.call(output_of, [command, "--help"])
+    assert code == 0, shown
+    return shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_exist(line: str) -> None:
     command, *arguments = shlex.split(line)

@@ -7,6 +7,7 @@ its high-water mark of resident memory (``VmHWM``) is its own.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +26,16 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of ``function``, which a module has to hold, in a process of its own."""
     with ProcessPoolExecutor(max_workers=1, mp_context=CONTEXT) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def run_code(code: str, directory: Path) -> None:
+    """Runs a program in ``directory``, in a process of its own; raises what it raises."""
+    call(_execute, code, directory)
+
+
+def _execute(code: str, directory: Path) -> None:
+    os.chdir(directory)
+    exec(compile(code, "<document>", "exec"), {"__name__": "__main__"})
 
 
 def call_ranks(function: Callable[..., None], world_size: int, *arguments: Any) -> None:

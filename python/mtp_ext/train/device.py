@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mtp_ext.ops.common.backend import has_fast_bfloat16_gemm
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -60,5 +62,4 @@ def native_bfloat16(device: torch.device) -> bool:
     """Returns True if the hardware multiplies bfloat16 matrices; otherwise bfloat16 is far slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch.cpu has no public API for these
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return has_fast_bfloat16_gemm()

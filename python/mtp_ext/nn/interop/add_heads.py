@@ -91,7 +91,7 @@ def _head_like_the_first(k: int, target: MTPConfig, last: State) -> State:
         joint = torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1)
         return {f"{prefix}joint.weight": joint, **_named(f"{prefix}block.", last)} if k else {}
     if layer != NO_LAYER:
-        raise NotImplementedError(f"add_heads cannot make {layer.module} start as head 1 of another model")
+        raise ValueError(f"variant must have layers that can start as head 1 of a model, got {layer.module}")
     return {}
 
 

@@ -116,6 +116,7 @@ def test_documents_do_not_leak(name: str, attention: str, make_batch: Make) -> N
     torch.testing.assert_close(before[:, :, :5], model.all_logits(tokens[:, :5]), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["parallel", "causal"])
 @pytest.mark.parametrize("name", ["Llama tied", "Qwen2", "Gemma2"])
 def test_train_save_load(name: str, variant: str, tmp_path: Path, make_batch: Make) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mtp_ext.nn import MTPModel
 from tests.nn.conftest import ALL_VARIANTS, SCHEDULES
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Any]
 Error = Callable[[Tensor, Tensor], float]
 CHAINED = ("causal", "anticausal", "sequential_modules")
@@ -225,7 +227,6 @@ def test_clipped_steps_end_at_the_same_parameters(variant: str, make_model: Make
         assert losses[schedule] == pytest.approx(losses["autograd"], rel=1e-9)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["parallel", "linear", "causal", "sequential_modules"])
 def test_compiled_trunk_and_head_blocks(
     variant: str, make_model: Make, make_batch: Make, relative_error: Error

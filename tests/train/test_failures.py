@@ -66,6 +66,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), FULL, ValueError("bad"), MemoryError()])
 def test_an_error_leaves_a_checkpoint_of_the_last_step(

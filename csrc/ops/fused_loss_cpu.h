@@ -52,7 +52,8 @@ class FusedLoss {
         vocab_(a_.weight.size(-2)),
         replicated_(a_.weight.dim() == 3),
         rows_(rule_, static_cast<int64_t>(a_.hidden.size()), vocab_),
-        chunks_(rows_, a_.hidden, a_.grad_hidden, a_.compute_dtype, a_.logits_dtype) {
+        pads_(a_.logits_dtype == ScalarType::BFloat16 && a_.limits.rows == 0 && a_.limits.bytes == 0),
+        chunks_(rows_, a_.hidden, a_.grad_hidden, a_.compute_dtype, a_.logits_dtype, pads_) {
     check();
   }
 
@@ -60,9 +61,10 @@ class FusedLoss {
   int64_t run() {
     if (rows_.first_invalid() >= 0) return rows_.first_invalid();
     const int64_t item = element_size(a_.logits_dtype);
-    const int64_t chunk = chunk_size(most_joint_rows(), vocab_, item, 0, a_.limits);
-    const Workspace workspace(static_cast<size_t>(chunk * vocab_ * item));
-    logits_ = matrix_of(workspace.data(), chunk, vocab_, a_.logits_dtype);
+    chunk_ = chunk_size(most_joint_rows(), vocab_, item, 0, a_.limits);
+    const int64_t most = pads_ ? padded_rows(chunk_) : chunk_;
+    const Workspace workspace(static_cast<size_t>(most * vocab_ * item));
+    logits_ = matrix_of(workspace.data(), most, vocab_, a_.logits_dtype);
     set_tables();
     set_scales();
     set_row_pass();
@@ -198,7 +200,7 @@ class FusedLoss {
     if (begin == end) return false;
     const Tensor weight = replicated_ ? torch::stable::select(a_.weight, 0, first) : a_.weight;
     ChunkGemmsCpu gemms(weight, a_.compute_dtype, a_.logits_dtype);
-    const int64_t size = balanced_chunk(end - begin, logits_.size(0));
+    const int64_t size = balanced_chunk(end - begin, chunk_);
     for (int64_t low = begin; low < end; low += size) {
       run_chunk(low, std::min(low + size, end), gemms, grad_weight, accumulate);
       accumulate = true;
@@ -208,7 +210,7 @@ class FusedLoss {
 
   void run_chunk(int64_t low, int64_t high, ChunkGemmsCpu& gemms, const OptionalTensor& grad_weight, bool accumulate) {
     const std::vector<Piece> pieces = rows_.pieces(low, high);
-    const Tensor h = chunks_.gather(pieces, high - low), z = slice(logits_, 0, 0, high - low);
+    const Tensor h = chunks_.gather(pieces, high - low), z = slice(logits_, 0, 0, h.size(0));
     const bool need_hidden = chunks_.need_grad();
     const bool with_gradient = need_hidden || grad_weight.has_value() || a_.grad_bias.has_value();
     row_pass_.rows = rows_.at(low);
@@ -218,7 +220,7 @@ class FusedLoss {
     share_out(share, z.size(0), kPartRows, [&](int64_t begin, int64_t end) {
       const Tensor part = slice(z, 0, begin, end - begin);
       gemms.logits(slice(h, 0, begin, end - begin), part);
-      parallel_for(begin, end, grain_of(vocab_),
+      parallel_for(begin, std::min(end, high - low), grain_of(vocab_),
                    [&](int64_t first, int64_t last) { loss_rows_cpu(row_pass_, first, last); });
       if (need_hidden) gemms.grad_hidden(part, slice(grad_hidden, 0, begin, end - begin));
     });
@@ -274,9 +276,11 @@ class FusedLoss {
   const int64_t vocab_;
   const bool replicated_;
   const HeadRows rows_;
+  const bool pads_;  // chunks to few different sizes; not beyond a limit that the caller set
   HiddenChunks chunks_;
-  Tensor logits_;  // [C, V], scratch
-  Tensor losses_;  // if the caller passes no tables
+  int64_t chunk_ = 0;  // C, the most rows of a chunk
+  Tensor logits_;      // [C, V], scratch
+  Tensor losses_;      // if the caller passes no tables
   std::vector<double> denominators_;
   std::vector<acc_t> head_scale_;
   LossRowsParams<acc_t> row_pass_{};

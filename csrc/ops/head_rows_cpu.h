@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/chunk_size.h"
 #include "cpu/select_rows.h"
 #include "ops/cpu_tensor.h"
 
@@ -67,12 +68,13 @@ class HeadRows {
 class HiddenChunks {
  public:
   HiddenChunks(const HeadRows& rows, const std::vector<Tensor>& hidden, const std::vector<Tensor>& grads,
-               ScalarType compute, ScalarType logits)
-      : rows_(rows), hidden_(hidden), grads_(grads), compute_(compute), logits_(logits) {}
+               ScalarType compute, ScalarType logits, bool pads)
+      : rows_(rows), hidden_(hidden), grads_(grads), compute_(compute), logits_(logits), pads_(pads) {}
 
   bool need_grad() const { return !grads_.empty(); }
 
-  // The rows of `pieces`, rounded to `compute`, stored as `logits`.
+  // The rows of `pieces`, rounded to `compute`, stored as `logits`. Where they are picked, their number varies from call
+  // to call: then zeros follow, with `pads` up to `padded_rows`.
   Tensor gather(const std::vector<Piece>& pieces, int64_t size) {
     const Piece& first = pieces.front();
     const ScalarType from = hidden_[0].scalar_type();
@@ -80,7 +82,10 @@ class HiddenChunks {
     if (pieces.size() == 1 && first.consecutive) {
       picked = slice(hidden_[static_cast<size_t>(first.head)], 0, rows_.in_head(first, 0), size);
     } else {
-      picked = buffer(picked_, size, from);
+      const int64_t padded = pads_ ? padded_rows(size) : size;
+      picked = buffer(picked_, padded, from);
+      if (padded > size) zero(slice(picked, 0, size, padded - size));
+      size = padded;
       for (const Piece& piece : pieces)
         copy_rows(torch::stable::contiguous(hidden_[static_cast<size_t>(piece.head)]), picked, piece, Copy::kGather);
     }
@@ -140,6 +145,7 @@ class HiddenChunks {
   const HeadRows& rows_;
   const std::vector<Tensor>&hidden_, &grads_;
   ScalarType compute_, logits_;
+  bool pads_;
   Tensor picked_, rounded_, widened_, product_, narrowed_;
 };
 

@@ -32,3 +32,8 @@ def test_the_callers_limits_come_first() -> None:
     limits = {"gpu_width": 1024}
     assert chunk_size(100, 32000, 2, chunk_rows=7, workspace_bytes=None, **limits) == 7
     assert chunk_size(100, 1000, 2, chunk_rows=None, workspace_bytes=20_000, **limits) == 10
+
+
+@pytest.mark.parametrize(("itemsize", "expected"), [(4, 1024), (2, 2048), (8, 512)])
+def test_cpu_chunks_hold_128_mib(itemsize: int, expected: int) -> None:
+    assert chunk_size(2**14, 32768, itemsize, chunk_rows=None, workspace_bytes=None) == expected

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mtp_ext import _C, linear_cross_entropy, multi_token_cross_entropy
+from mtp_ext.ops.common.backend import has_fast_bfloat16_gemm
 from mtp_ext.ops.reference import multi_token_cross_entropy as eager
 from tests.support import forked
 from tests.support.largest_tensor import LargestTensor
@@ -64,3 +65,28 @@ def test_extra_memory_is_the_chunk_and_flat() -> None:
     chunk = 512 * 32000 * 4
     for n, positions in ((1, 1024), (8, 1024), (1, 8192)):
         assert forked.call(extra_bytes, n, positions) <= 1.2 * chunk, (n, positions)
+
+
+def bytes_of_row_counts(counts: int) -> int:
+    """Resident bytes that calls with ``counts`` different numbers of targets add to the first; for a fresh process."""
+    torch.set_num_threads(1)
+    hidden = torch.randn(800, 256, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(4096, 256, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(4096, (800,))
+
+    def step() -> None:
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+
+    targets[0] = -100  # from here on, rows are gathered
+    step()
+    before = forked.peak_bytes()
+    for ignored in range(1, counts):
+        targets[ignored] = -100
+        step()
+    return forked.peak_bytes() - before
+
+
+@pytest.mark.skipif(not has_fast_bfloat16_gemm(), reason="only bfloat16 GEMMs are compiled for each shape")
+def test_each_number_of_targets_compiles_no_gemms() -> None:
+    grown = forked.call(bytes_of_row_counts, 60)  # 112 MiB where each number is a shape of its own
+    assert grown < 64 << 20, f"{grown >> 20} MiB"

@@ -45,11 +45,11 @@ struct LossRowsParams {
   DType dtype;
   int64_t row_stride, vocab_size;
   const int64_t* rows;  // flat indices; -1: no target, the gradient row is zeroed and nothing else is read or written
-  TargetRule targets;
+  BasicTargetRule<acc_t> targets;
   const acc_t* head_scale;
   const acc_t* row_scale;      // or null: 1
   const acc_t* lse_grad;       // or null: 0
-  const float* class_weights;  // or null: 1
+  const acc_t* class_weights;  // or null: 1
   const acc_t* bias;           // or null: 0
   RowOptions options;
   const double* class_weight_total;  // sum_v c_v on the device, read without a GPU sync; or null: that of options
@@ -66,7 +66,7 @@ struct LossRowsParams {
 
   MTP_HD bool holds(int64_t target) const { return target >= vocab_start && target < vocab_start + vocab_size; }
 
-  MTP_HD double row_weight(int64_t row, TargetRule::Location at) const {
+  MTP_HD double row_weight(int64_t row, RowLocation at) const {
     const double w = static_cast<double>(head_scale[at.head]) * targets.token_weight(at);
     return row_scale == nullptr ? w : w * row_scale[row];
   }

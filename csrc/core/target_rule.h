@@ -12,19 +12,23 @@
 
 namespace mtp {
 
-struct TargetRule {
-  const void* labels;          // [B, label_len], unit stride over label_len
-  const void* document_ids;    // same shape, or null: one document per batch row
-  const float* token_weights;  // [B, label_len] contiguous: the weight of labels[b, j] as a target; or null: 1
+// A flat row, taken apart.
+struct RowLocation {
+  int64_t head, b, s;
+};
+
+template <typename weight_t>  // double for a float64 loss, else float
+struct BasicTargetRule {
+  using Location = RowLocation;
+
+  const void* labels;             // [B, label_len], unit stride over label_len
+  const void* document_ids;       // same shape, or null: one document per batch row
+  const weight_t* token_weights;  // [B, label_len] contiguous: the weight of labels[b, j] as a target; or null: 1
   IndexType label_type, document_type;
   int64_t batch, seq_len, label_len;
   int64_t label_stride, document_stride;  // elements between batch rows
   int64_t first_shift;                    // shift of head 0: 1 for the next token, 0 for aligned targets
   int64_t ignore_index;
-
-  struct Location {
-    int64_t head, b, s;
-  };
 
   MTP_HD Location locate(int64_t row) const {
     const int64_t head_rows = batch * seq_len;
@@ -38,17 +42,18 @@ struct TargetRule {
   // Only for rows that count.
   MTP_HD int64_t target(Location at) const { return load_index(labels, label_type, at.b * label_stride + column(at)); }
 
-  MTP_HD float token_weight(Location at) const {
-    return token_weights == nullptr ? 1.0f : token_weights[at.b * label_len + column(at)];
+  MTP_HD weight_t token_weight(Location at) const {
+    return token_weights == nullptr ? weight_t{1} : token_weights[at.b * label_len + column(at)];
   }
 
   MTP_HD bool counts(Location at) const {
     const int64_t j = column(at);
-    if (j >= label_len || target(at) == ignore_index || token_weight(at) == 0.0f) return false;
+    if (j >= label_len || target(at) == ignore_index || token_weight(at) == 0) return false;
     if (document_ids == nullptr) return true;
     const int64_t base = at.b * document_stride;
     return load_index(document_ids, document_type, base + j) == load_index(document_ids, document_type, base + at.s);
   }
 };
+using TargetRule = BasicTargetRule<float>;
 
 }  // namespace mtp

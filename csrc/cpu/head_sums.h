@@ -12,11 +12,13 @@
 namespace mtp {
 
 // Sum of token_weight * class_weight over the rows' targets; `count` without weights.
-inline double sum_of_weights(const TargetRule& rule, const int64_t* rows, int64_t count, const float* class_weights) {
+template <typename acc_t>
+double sum_of_weights(const BasicTargetRule<acc_t>& rule, const int64_t* rows, int64_t count,
+                      const acc_t* class_weights) {
   if (rule.token_weights == nullptr && class_weights == nullptr) return static_cast<double>(count);
   double sum = 0.0;
   for (int64_t i = 0; i < count; ++i) {
-    const TargetRule::Location at = rule.locate(rows[i]);
+    const RowLocation at = rule.locate(rows[i]);
     const double class_weight = class_weights == nullptr ? 1.0 : class_weights[rule.target(at)];
     sum += class_weight * rule.token_weight(at);
   }
@@ -25,11 +27,11 @@ inline double sum_of_weights(const TargetRule& rule, const int64_t* rows, int64_
 
 // Multiplies the rows' losses by their token weights in place and returns their sum.
 template <typename acc_t>
-double weigh_losses(const TargetRule& rule, const int64_t* rows, int64_t count, acc_t* loss) {
+double weigh_losses(const BasicTargetRule<acc_t>& rule, const int64_t* rows, int64_t count, acc_t* loss) {
   double sum = 0.0;
   for (int64_t i = 0; i < count; ++i) {
     acc_t& value = loss[rows[i]];
-    if (rule.token_weights != nullptr) value *= static_cast<acc_t>(rule.token_weight(rule.locate(rows[i])));
+    if (rule.token_weights != nullptr) value *= rule.token_weight(rule.locate(rows[i]));
     sum += static_cast<double>(value);
   }
   return sum;

@@ -11,6 +11,8 @@
 
 namespace mtp {
 
-int64_t select_rows(const TargetRule& rule, int64_t num_heads, int64_t vocab_size, int64_t* rows, int64_t* counts);
+template <typename weight_t>
+int64_t select_rows(const BasicTargetRule<weight_t>& rule, int64_t num_heads, int64_t vocab_size, int64_t* rows,
+                    int64_t* counts);
 
 }  // namespace mtp

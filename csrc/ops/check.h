@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "core/target_rule.h"
@@ -41,15 +42,21 @@ inline void check_vector(const Tensor& x, int64_t size, ScalarType dtype, const 
                   size, " elements and of the kernel's dtype, got ", x.numel(), " elements");
 }
 
+template <typename T>
+constexpr ScalarType kScalarType = std::is_same_v<T, double>    ? ScalarType::Double
+                                   : std::is_same_v<T, int32_t> ? ScalarType::Int
+                                                                : ScalarType::Float;
+
 // labels [B, label_len] and document_ids (same shape) have unit stride along a row.
-inline TargetRule target_rule(const Tensor& labels, const OptionalTensor& document_ids,
-                              const OptionalTensor& token_weights, int64_t seq_len, int64_t first_shift,
-                              int64_t ignore_index) {
+template <typename weight_t>
+BasicTargetRule<weight_t> target_rule(const Tensor& labels, const OptionalTensor& document_ids,
+                                      const OptionalTensor& token_weights, int64_t seq_len, int64_t first_shift,
+                                      int64_t ignore_index) {
   STD_TORCH_CHECK(labels.dim() == 2 && (labels.size(1) <= 1 || labels.stride(1) == 1),
                   "labels must be [B, label_len] with unit stride");
   STD_TORCH_CHECK(seq_len >= 0 && seq_len <= labels.size(1), "seq_len must be in [0, label_len]");
   STD_TORCH_CHECK(first_shift >= 0, "first_shift must not be negative");
-  TargetRule rule{};
+  BasicTargetRule<weight_t> rule{};
   rule.labels = labels.const_data_ptr();
   rule.label_type = index_type_of(labels, "labels");
   rule.batch = labels.size(0);
@@ -68,8 +75,8 @@ inline TargetRule target_rule(const Tensor& labels, const OptionalTensor& docume
     rule.document_stride = ids.stride(0);
   }
   if (token_weights.has_value()) {
-    check_vector(*token_weights, labels.size(0) * labels.size(1), ScalarType::Float, "token_weights");
-    rule.token_weights = token_weights->const_data_ptr<float>();
+    check_vector(*token_weights, labels.size(0) * labels.size(1), kScalarType<weight_t>, "token_weights");
+    rule.token_weights = token_weights->const_data_ptr<weight_t>();
   }
   return rule;
 }

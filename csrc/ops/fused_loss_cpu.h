@@ -48,7 +48,8 @@ class FusedLoss {
  public:
   explicit FusedLoss(const FusedLossArguments& arguments)
       : a_(arguments),
-        rule_(target_rule(a_.labels, a_.document_ids, a_.token_weights, a_.seq_len, a_.first_shift, a_.ignore_index)),
+        rule_(target_rule<acc_t>(a_.labels, a_.document_ids, a_.token_weights, a_.seq_len, a_.first_shift,
+                                 a_.ignore_index)),
         vocab_(a_.weight.size(-2)),
         replicated_(a_.weight.dim() == 3),
         rows_(rule_, static_cast<int64_t>(a_.hidden.size()), vocab_),
@@ -125,7 +126,7 @@ class FusedLoss {
     row_pass_.tables.for_each([&](auto* table, auto nothing) { std::fill_n(table, all, nothing); });
   }
 
-  const float* class_weights() const { return optional_vector<float>(a_.class_weights, vocab_, "class_weights"); }
+  const acc_t* class_weights() const { return optional_vector<acc_t>(a_.class_weights, vocab_, "class_weights"); }
 
   double head_weight(int64_t head) const {
     return a_.head_weights.has_value() ? a_.head_weights->const_data_ptr<double>()[head] : 1.0;
@@ -157,7 +158,7 @@ class FusedLoss {
     row_pass_.options = a_.options;
     row_pass_.options.vocab_size = vocab_;
     row_pass_.options.class_weight_sum = static_cast<double>(vocab_);
-    if (const float* weights = class_weights()) {
+    if (const acc_t* weights = class_weights()) {
       double& sum = row_pass_.options.class_weight_sum = 0.0;
       for (int64_t v = 0; v < vocab_; ++v) sum += weights[v];
     }
@@ -272,7 +273,7 @@ class FusedLoss {
   }
 
   const FusedLossArguments& a_;
-  const TargetRule rule_;
+  const BasicTargetRule<acc_t> rule_;
   const int64_t vocab_;
   const bool replicated_;
   const HeadRows rows_;

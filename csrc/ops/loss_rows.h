@@ -2,18 +2,12 @@
 #pragma once
 #include <optional>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "core/loss_rows_params.h"
 #include "ops/check.h"
 
 namespace mtp {
-
-template <typename T>
-constexpr ScalarType kScalarType = std::is_same_v<T, double>    ? ScalarType::Double
-                                   : std::is_same_v<T, int32_t> ? ScalarType::Int
-                                                                : ScalarType::Float;
 
 inline RowOptions row_options(const std::vector<double>& packed) {
   STD_TORCH_CHECK(static_cast<int64_t>(packed.size()) == RowOptions::kPacked, "row_options must hold ",
@@ -85,11 +79,11 @@ void loss_rows(const Tensor& logits, const Tensor& rows, const Tensor& labels,
     p.row_stride = logits.stride(0);
     p.vocab_size = vocab;
     p.rows = rows.const_data_ptr<int64_t>();
-    p.targets = target_rule(labels, std::nullopt, tensors[kTokenWeights], sizes[kSeqLen], sizes[kFirstShift], 0);
+    p.targets = target_rule<acc_t>(labels, std::nullopt, tensors[kTokenWeights], sizes[kSeqLen], sizes[kFirstShift], 0);
     p.head_scale = optional_vector<acc_t>(tensors[kHeadScale], heads, "head_scale");
     p.row_scale = optional_vector<acc_t>(tensors[kRowScale], all_rows, "row_scale");
     p.lse_grad = optional_vector<acc_t>(tensors[kLseGrad], all_rows, "lse_grad");
-    p.class_weights = optional_vector<float>(tensors[kClassWeights], vocab, "class_weights");
+    p.class_weights = optional_vector<acc_t>(tensors[kClassWeights], vocab, "class_weights");
     p.bias = optional_vector<acc_t>(tensors[kBias], vocab, "bias");
     p.class_weight_total = optional_vector<double>(tensors[kClassWeightTotal], 1, "class_weight_total");
     p.options = row_options(options);

@@ -14,12 +14,17 @@ std::tuple<Tensor, Tensor, Tensor> select_rows_cpu(const Tensor& labels, const O
                                                    const OptionalTensor& token_weights, int64_t num_heads,
                                                    int64_t seq_len, int64_t first_shift, int64_t ignore_index,
                                                    int64_t vocab_size) {
-  const TargetRule rule = target_rule(labels, document_ids, token_weights, seq_len, first_shift, ignore_index);
-  Tensor rows = torch::stable::new_empty(labels, {num_heads * rule.batch * seq_len}, ScalarType::Long);
+  Tensor rows = torch::stable::new_empty(labels, {num_heads * labels.size(0) * seq_len}, ScalarType::Long);
   Tensor counts = torch::stable::new_empty(labels, {num_heads}, ScalarType::Long);
   Tensor first_invalid = torch::stable::new_empty(labels, {1}, ScalarType::Long);
-  *first_invalid.mutable_data_ptr<int64_t>() =
-      select_rows(rule, num_heads, vocab_size, rows.mutable_data_ptr<int64_t>(), counts.mutable_data_ptr<int64_t>());
+  const auto run = [&](auto zero) {
+    const auto rule =
+        target_rule<decltype(zero)>(labels, document_ids, token_weights, seq_len, first_shift, ignore_index);
+    return select_rows(rule, num_heads, vocab_size, rows.mutable_data_ptr<int64_t>(),
+                       counts.mutable_data_ptr<int64_t>());
+  };
+  const bool is_double = token_weights.has_value() && token_weights->scalar_type() == ScalarType::Double;
+  *first_invalid.mutable_data_ptr<int64_t>() = is_double ? run(double{}) : run(float{});
   return {rows, counts, first_invalid};
 }
 

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> select_rows_cuda(const Tensor& labels, const 
   check_same_device(labels, {document_ids, token_weights});
   STD_TORCH_CHECK(num_heads >= 1, "num_heads must be at least 1, got ", num_heads);
   SelectRowsParams p{};
-  p.rule = target_rule(labels, document_ids, token_weights, seq_len, first_shift, ignore_index);
+  p.rule = target_rule<float>(labels, document_ids, token_weights, seq_len, first_shift, ignore_index);
   p.num_heads = num_heads;
   p.vocab_size = vocab_size;
   const torch::stable::accelerator::DeviceGuard guard(labels.get_device_index());

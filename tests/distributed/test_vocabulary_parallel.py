@@ -35,7 +35,7 @@ def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         "bias": torch.randn(V, generator=g, dtype=torch.float64),
         "class_weights": torch.rand(V, generator=g, dtype=torch.float64) + 0.5,
     }
-    return {k: x.float() if k == "class_weights" else x.to(dtype) for k, x in made.items()}
+    return {k: x.to(dtype) for k, x in made.items()}
 
 
 def labels() -> torch.Tensor:

@@ -32,8 +32,7 @@ struct Problem {
   Options opt;
   std::vector<double> logits;  // [heads * seq, vocab], rounded to the kernel's dtype
   std::vector<int64_t> labels, rows;
-  std::vector<double> head_scale, row_scale, lse_grad, bias;
-  std::vector<float> class_weights, token_weights;
+  std::vector<double> head_scale, row_scale, lse_grad, bias, class_weights, token_weights;
 
   Problem(int64_t vocab, int64_t seq, int64_t heads, Options opt, Rounding round, unsigned seed)
       : vocab(vocab), seq(seq), heads(heads), opt(opt) {
@@ -50,8 +49,8 @@ struct Problem {
     fill(row_scale, heads * seq, [&] { return static_cast<double>(uniform(rng)); });
     fill(lse_grad, heads * seq, [&] { return static_cast<double>(uniform(rng)); });
     fill(bias, vocab, [&] { return static_cast<double>(uniform(rng)); });
-    fill(class_weights, vocab, [&] { return uniform(rng); });
-    fill(token_weights, seq + heads, [&] { return uniform(rng); });
+    fill(class_weights, vocab, [&] { return static_cast<double>(uniform(rng)); });
+    fill(token_weights, seq + heads, [&] { return static_cast<double>(uniform(rng)); });
     rows.resize(static_cast<size_t>(heads * seq));
     for (size_t r = 0; r < rows.size(); ++r) rows[r] = static_cast<int64_t>(r);
     std::reverse(rows.begin(), rows.end());  // results must follow the row table, not the position

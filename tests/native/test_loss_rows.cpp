@@ -21,7 +21,7 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 
 template <typename acc_t>
 struct Buffers {
-  std::vector<acc_t> head_scale, row_scale, lse_grad, bias, loss, lse;
+  std::vector<acc_t> head_scale, row_scale, lse_grad, bias, class_weights, token_weights, loss, lse;
   std::vector<int32_t> predicted;
   mtp::LossRowsParams<acc_t> params{};
 
@@ -29,6 +29,7 @@ struct Buffers {
     const auto narrow = [](const std::vector<double>& x) { return std::vector<acc_t>(x.begin(), x.end()); };
     head_scale = narrow(p.head_scale), row_scale = narrow(p.row_scale);
     lse_grad = narrow(p.lse_grad), bias = narrow(p.bias);
+    class_weights = narrow(p.class_weights), token_weights = narrow(p.token_weights);
     loss.assign(p.rows.size(), acc_t(-7)), lse = loss;
     predicted.assign(p.rows.size(), -7);
     params.vocab_size = p.vocab;
@@ -40,12 +41,12 @@ struct Buffers {
     params.targets.label_len = params.targets.label_stride = p.seq + p.heads;
     params.targets.first_shift = 1;
     params.targets.ignore_index = -100;
-    params.targets.token_weights = p.opt.token_weights ? p.token_weights.data() : nullptr;
+    params.targets.token_weights = p.opt.token_weights ? token_weights.data() : nullptr;
     params.head_scale = head_scale.data();
     params.row_scale = p.opt.row_scale ? row_scale.data() : nullptr;
     params.lse_grad = p.opt.lse_grad ? lse_grad.data() : nullptr;
     params.bias = p.opt.bias ? bias.data() : nullptr;
-    params.class_weights = p.opt.class_weights ? p.class_weights.data() : nullptr;
+    params.class_weights = p.opt.class_weights ? class_weights.data() : nullptr;
     double sum = 0;
     for (int64_t v = 0; v < p.vocab; ++v) sum += p.class_weight(v);
     params.options = {p.opt.smoothing, p.opt.z_loss, p.opt.softcap, p.opt.scale, sum, p.vocab};

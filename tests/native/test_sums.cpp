@@ -27,8 +27,8 @@ void test_head_sums() {
   const std::vector<int64_t> labels{0, 1, 2, 3, 4, 5, 6, 7}, rows{4, 5, 7};  // targets 2, 3 and 7
   const std::vector<float> token_weights{9, 9, 0.5f, 2, 9, 9, 9, 4}, class_weights{0, 0, 1, 3, 0, 0, 0, 0.25f};
   const mtp::TargetRule plain = make_rule(labels, nullptr), weighted = make_rule(labels, token_weights.data());
-  CHECK(mtp::sum_of_weights(plain, rows.data(), 3, nullptr) == 3.0);
-  CHECK(mtp::sum_of_weights(weighted, rows.data(), 3, nullptr) == 6.5);
+  CHECK(mtp::sum_of_weights<float>(plain, rows.data(), 3, nullptr) == 3.0);
+  CHECK(mtp::sum_of_weights<float>(weighted, rows.data(), 3, nullptr) == 6.5);
   CHECK(mtp::sum_of_weights(plain, rows.data(), 3, class_weights.data()) == 4.25);
   CHECK(mtp::sum_of_weights(weighted, rows.data(), 3, class_weights.data()) == 0.5 + 6.0 + 1.0);
   CHECK(mtp::sum_of_weights(weighted, rows.data(), 0, class_weights.data()) == 0.0);

@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "chunks of one row": {"chunk_rows": 1},
     "workspace of one row": {"workspace_bytes": 1},
     "token count": {"normalizer": 100},
+    "token count in a tensor": {"normalizer": torch.tensor(99.7, dtype=torch.float64)},
     "detached": {"detach_weight": (1, 3)},
     "a class is ignored": {"ignore_index": 5},
     "everything": {
@@ -66,9 +67,9 @@ def make_call(
     if vectors:
         tensors |= {
             "bias": torch.randn(vocab, generator=g, dtype=torch.float64),
-            "class_weights": (torch.rand(vocab, generator=g) + 0.5).double(),
-            "token_weights": torch.rand(tensors["labels"].shape, generator=g).double(),
-            "head_weights": torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64),
+            "class_weights": torch.rand(vocab, generator=g, dtype=torch.float64) + 0.5,
+            "token_weights": torch.rand(tensors["labels"].shape, generator=g, dtype=torch.float64),
+            "head_weights": torch.tensor([1.0, 0.5, 0.3], dtype=torch.float64),
         }
     return Call(dtype, tensors, {"reduction": "mean"} | options, heads=True)
 

@@ -72,9 +72,9 @@ def calls(draw: st.DrawFn) -> Call:
     if has["bias"]:
         tensors["bias"] = normal(vocab)
     if has["class_weights"]:
-        tensors["class_weights"] = (torch.rand(vocab, generator=g) + 0.25).double()
+        tensors["class_weights"] = torch.rand(vocab, generator=g, dtype=torch.float64) + 0.25
     if has["token_weights"]:
-        weights = torch.rand(label_shape, generator=g).double()
+        weights = torch.rand(label_shape, generator=g, dtype=torch.float64)
         tensors["token_weights"] = torch.where(torch.rand(label_shape, generator=g) < 0.3, 0.0, weights)
     if heads:
         draw_head_arguments(draw, g, tensors, options, n)
@@ -125,8 +125,8 @@ def draw_head_arguments(
     if draw(st.booleans()):
         tensors["document_ids"] = torch.randint(0, 2, labels.shape, generator=g).cumsum(1)
     if draw(st.booleans()):
-        tensors["head_weights"] = torch.rand(n, generator=g).double()
-    options["normalizer"] = draw(st.sampled_from(["per_head", "per_head", 17, 3.5]))
+        tensors["head_weights"] = torch.rand(n, generator=g, dtype=torch.float64)
+    options["normalizer"] = draw(st.sampled_from(["per_head", "per_head", 17, 3.7]))
     options["detach_weight"] = draw(st.sampled_from([(), (), (1,), (n,)]))
 
 

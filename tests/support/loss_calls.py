@@ -59,7 +59,8 @@ def arguments(
         if name in ("hidden", "weight", "bias"):
             value = value.to(call.dtype).to(dtype)
         elif name in FLOATING:
-            value = value.to(torch.float64 if dtype == torch.float64 and not ours else torch.float32)
+            rounded, held = (torch.promote_types(x, torch.float32) for x in (call.dtype, dtype))
+            value = value.to(rounded).to(held)
         if call.strided and ours and value.dim() > 1:
             value = value.transpose(-1, -2).contiguous().transpose(-1, -2)
         value = value.to(device)

@@ -52,13 +52,13 @@ def multi_token_cross_entropy(
             ``labels[:, s + k]``. Targets past the end are ignored: pass ``S' = S + n`` to lose none.
         document_ids: ``[B, S']`` integers. A target counts only if it is in the same document as its position.
         head_weights: ``n`` floats or a tensor ``[n]``; default all 1, the paper's sum.
-        token_weights: ``[B, S']`` float32, the weight of ``labels[b, j]`` as a target. Means divide by the sum of the
+        token_weights: ``[B, S']`` floats, the weight of ``labels[b, j]`` as a target. Means divide by the sum of the
             weights (torch's rule for class weights); targets of weight 0 cost nothing.
         normalizer: ``"per_head"``: each head's mean over its own valid targets. A number or 0-d tensor divides each
             head's sum (for example a token count over all ranks).
         detach_weight: 1-based heads whose loss sends no gradient to ``weight``.
         bias: ``[V]``.
-        class_weights: ``[V]`` float32, as in :func:`torch.nn.functional.cross_entropy`.
+        class_weights: ``[V]`` floats, used in the loss's dtype, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: Label of positions without loss or gradient.
         reduction: ``"mean"`` (by ``normalizer``), ``"sum"``, or ``"none"``: ``loss`` is ``[n, B, S]``, each target's
             loss times its head and token weights, 0 where there is no target, and ``head_loss`` holds the heads' sums.

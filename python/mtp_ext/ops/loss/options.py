@@ -20,7 +20,7 @@ class RowOptions:
         z_loss: Adds ``z_loss * lse**2`` per token (PaLM, arXiv 2204.02311, section 5).
         softcap: ``logits <- softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
         logit_scale: Multiplies the logits, before the cap.
-        class_weights: ``[V]`` float32, as in :func:`torch.nn.functional.cross_entropy`.
+        class_weights: ``[V]`` floats, used in the loss's dtype, as in :func:`torch.nn.functional.cross_entropy`.
     """
 
     label_smoothing: float = 0.0

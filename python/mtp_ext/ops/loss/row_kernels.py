@@ -19,7 +19,7 @@ def prepared(call: LossCall) -> LossCall:
     changes: dict[str, Any] = {
         "labels": call.labels if call.labels.stride(-1) == 1 else call.labels.contiguous(),
         "document_ids": None if call.document_ids is None else call.document_ids.contiguous(),
-        "token_weights": _as(call.token_weights, torch.float32),
+        "token_weights": _as(call.token_weights, acc),
         "head_weights": _as(call.head_weights, torch.float64),
         "normalizer": _as(normalizer, torch.float64) if isinstance(normalizer, Tensor) else normalizer,
         "bias": _as(call.bias, acc),
@@ -27,7 +27,7 @@ def prepared(call: LossCall) -> LossCall:
         "lse_grad": _as(call.lse_grad, acc),
     }
     if call.options.class_weights is not None:
-        class_weights = _as(call.options.class_weights, torch.float32)
+        class_weights = _as(call.options.class_weights, acc)
         changes["options"] = replace(call.options, class_weights=class_weights)
     changes = {name: x for name, x in changes.items() if x is not getattr(call, name)}
     return replace(call, **changes) if changes else call

@@ -32,7 +32,7 @@ enum FusedLossTensor {
   kClassWeights,
   kBias,
   kHeadWeights,
-  kDivisor,  // 0-d: denominator of every head
+  kDivisor,  // 0-d: of every head's sum
   kRowScale,
   kLseGrad,
   kGradWeight,  // appended: output of the gradient; none: new memory
@@ -78,7 +78,7 @@ int64_t run(const FusedLossArguments& arguments, bool measures, std::vector<Tens
   return -1;
 }
 
-// results: loss 0-d; with kNeedMeasures head_loss, n_valid, denominators [n] and the row tables [n, B, S];
+// results: loss 0-d; with kNeedMeasures head_loss, n_valid, divisors [n] and the row tables [n, B, S];
 // then the needed gradients of weight, bias and hidden (shaped as given). first_invalid: -1, or the flat
 // index into labels of a target outside the vocabulary; nothing was computed then.
 std::tuple<std::vector<Tensor>, int64_t> fused_loss_cpu(const std::vector<Tensor>& hidden, const Tensor& weight,

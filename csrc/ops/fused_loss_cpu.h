@@ -28,7 +28,7 @@ struct FusedLossArguments {
   OptionalTensor document_ids, token_weights, class_weights, bias, head_weights;
   OptionalTensor row_scale, lse_grad;  // [n * B * S]
   RowOptions options;
-  std::optional<double> normalizer;  // denominator of every head; none: its sum of weights
+  std::optional<double> normalizer;  // divisor of every head's sum; none: its sum of weights
   int64_t seq_len = 0, first_shift = 0, ignore_index = 0;
   std::vector<int64_t> detach_weight;  // 1-based heads
   ScalarType compute_dtype = ScalarType::Float, logits_dtype = ScalarType::Float;
@@ -74,21 +74,21 @@ class FusedLoss {
     return -1;
   }
 
-  // After run() has returned -1: loss 0-d and, with `of_heads`, head_loss, n_valid and denominators [n].
+  // After run() has returned -1: loss 0-d and, with `of_heads`, head_loss, n_valid and divisors [n].
   std::vector<Tensor> sums(bool of_heads) const {
     const int64_t heads = rows_.heads();
     std::vector<double> head_loss;
     double total = 0.0;
     for (int64_t k = 0; k < heads; ++k) {
       head_loss.push_back(weigh_losses(rule_, rows_.at(rows_.begin(k)), rows_.count(k), row_pass_.tables.loss) /
-                          divisor(k));
+                          divisors_[k]);
       total += head_loss.back() * head_weight(k);
     }
     std::vector<Tensor> found{filled<acc_t>({}, kAcc, [&](int64_t) { return total; })};
     if (!of_heads) return found;
     found.push_back(filled<acc_t>({heads}, kAcc, [&](int64_t k) { return head_loss[k]; }));
     found.push_back(filled<int64_t>({heads}, ScalarType::Long, [&](int64_t k) { return rows_.count(k); }));
-    found.push_back(filled<acc_t>({heads}, kAcc, [&](int64_t k) { return denominators_[k]; }));
+    found.push_back(filled<acc_t>({heads}, kAcc, [&](int64_t k) { return divisors_[k]; }));
     return found;
   }
 
@@ -132,15 +132,12 @@ class FusedLoss {
     return a_.head_weights.has_value() ? a_.head_weights->const_data_ptr<double>()[head] : 1.0;
   }
 
-  // A zero denominator means zero total weight, so the head's sum is 0 as well; divide by 1.
-  double divisor(int64_t head) const { return denominators_[head] == 0.0 ? 1.0 : denominators_[head]; }
-
   void set_scales() {
     for (int64_t k = 0; k < rows_.heads(); ++k) {
-      denominators_.push_back(a_.normalizer.has_value()
-                                  ? *a_.normalizer
-                                  : sum_of_weights(rule_, rows_.at(rows_.begin(k)), rows_.count(k), class_weights()));
-      head_scale_.push_back(static_cast<acc_t>(head_weight(k) / divisor(k)));
+      divisors_.push_back(a_.normalizer.has_value()
+                              ? *a_.normalizer
+                              : mean_divisor(rule_, rows_.at(rows_.begin(k)), rows_.count(k), class_weights()));
+      head_scale_.push_back(static_cast<acc_t>(head_weight(k) / divisors_[k]));
     }
   }
 
@@ -282,7 +279,7 @@ class FusedLoss {
   int64_t chunk_ = 0;  // C, the most rows of a chunk
   Tensor logits_;      // [C, V], scratch
   Tensor losses_;      // if the caller passes no tables
-  std::vector<double> denominators_;
+  std::vector<double> divisors_;
   std::vector<acc_t> head_scale_;
   LossRowsParams<acc_t> row_pass_{};
 };

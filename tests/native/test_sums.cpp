@@ -27,11 +27,17 @@ void test_head_sums() {
   const std::vector<int64_t> labels{0, 1, 2, 3, 4, 5, 6, 7}, rows{4, 5, 7};  // targets 2, 3 and 7
   const std::vector<float> token_weights{9, 9, 0.5f, 2, 9, 9, 9, 4}, class_weights{0, 0, 1, 3, 0, 0, 0, 0.25f};
   const mtp::TargetRule plain = make_rule(labels, nullptr), weighted = make_rule(labels, token_weights.data());
-  CHECK(mtp::sum_of_weights<float>(plain, rows.data(), 3, nullptr) == 3.0);
-  CHECK(mtp::sum_of_weights<float>(weighted, rows.data(), 3, nullptr) == 6.5);
-  CHECK(mtp::sum_of_weights(plain, rows.data(), 3, class_weights.data()) == 4.25);
-  CHECK(mtp::sum_of_weights(weighted, rows.data(), 3, class_weights.data()) == 0.5 + 6.0 + 1.0);
-  CHECK(mtp::sum_of_weights(weighted, rows.data(), 0, class_weights.data()) == 0.0);
+  CHECK(mtp::mean_divisor<float>(plain, rows.data(), 3, nullptr) == 3.0);
+  CHECK(mtp::mean_divisor<float>(weighted, rows.data(), 3, nullptr) == 6.5);
+  CHECK(mtp::mean_divisor(plain, rows.data(), 3, class_weights.data()) == 4.25);
+  CHECK(mtp::mean_divisor(weighted, rows.data(), 3, class_weights.data()) == 0.5 + 6.0 + 1.0);
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  const std::vector<float> nothing(8), cancelling{0, 0, 2, -2, 0, 0, 0, 1.5f}, both{9, 9, 1, 1, 9, 9, 9, 0};
+  CHECK(mtp::mean_divisor<float>(plain, rows.data(), 0, nullptr) == kInf);
+  CHECK(mtp::mean_divisor(weighted, rows.data(), 0, class_weights.data()) == kInf);
+  CHECK(mtp::mean_divisor(weighted, rows.data(), 3, nothing.data()) == kInf);
+  CHECK(std::isnan(mtp::mean_divisor(make_rule(labels, both.data()), rows.data(), 3, cancelling.data())));
+  CHECK(mtp::mean_divisor(plain, rows.data(), 3, cancelling.data()) == 1.5);
   std::vector<float> loss{7, 7, 7, 7, 1, 2, 7, 3};
   CHECK(mtp::weigh_losses(weighted, rows.data(), 3, loss.data()) == 0.5 + 4.0 + 12.0);
   CHECK((loss == std::vector<float>{7, 7, 7, 7, 0.5f, 4, 7, 12}));

@@ -95,8 +95,9 @@ HEADS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "head weights": ({"head_weights": [1.0]}, ValueError, "head_weights must hold n = 2 numbers, got 1"),
     "head weights tensor": ({"head_weights": torch.ones(3)}, ValueError, r"head_weights must have shape \[n\] = \[2\]"),
     "normalizer": ({"normalizer": "tokens"}, ValueError, "normalizer must be 'per_head'"),
-    "normalizer of zero": ({"normalizer": 0}, ValueError, "normalizer must be positive, got 0"),
     "normalizer vector": ({"normalizer": torch.ones(2)}, ValueError, "normalizer must be 0-d"),
+    "complex normalizer": ({"normalizer": torch.tensor(1j)}, TypeError, "normalizer must be 0-d of dtype .*complex64"),
+    "normalizer of a truth": ({"normalizer": True}, TypeError, "normalizer must be 'per_head', a number"),
     "detached head": ({"detach_weight": (3,)}, ValueError, r"detach_weight must hold heads in 1..2, got 3"),
     "replicated for other heads": ({"weight": torch.randn(3, V, D)}, ValueError, r"weight must be .*n = 2"),
 }

@@ -163,10 +163,9 @@ def weighted_rows(call: Call, made: dict[str, Any], k: int, seq_len: int) -> tup
     if call.options.get("reduction", "mean") == "mean":
         denominator = call.options.get("normalizer", "per_head")
         if denominator == "per_head":
-            counted = reference.target_weights(
-                targets, made.get("class_weights"), weights, ignore_index, torch.float64
-            ).sum()
-            denominator = torch.where(counted != 0, counted, 1)
+            denominator = reference.mean_divisor(
+                reference.target_weights(targets, made.get("class_weights"), weights, ignore_index, torch.float64)
+            )
     rows = (targets != ignore_index).nonzero().flatten()
     row_weights = torch.ones(len(rows), dtype=torch.float64) if weights is None else weights[rows].double()
     return rows, targets[rows], row_weights / denominator

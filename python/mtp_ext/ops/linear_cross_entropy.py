@@ -42,8 +42,8 @@ def linear_cross_entropy(
         targets: ``[...]`` int64 or int32, each in ``[0, V)`` or equal to ``ignore_index``.
         bias: ``[V]``.
         class_weights: ``[V]`` floats, used in the loss's dtype, as in :func:`torch.nn.functional.cross_entropy`.
-        token_weights: ``[...]`` floats. ``"mean"`` divides by the sum of the weights (torch's rule for class weights);
-            rows of weight 0 cost nothing.
+        token_weights: ``[...]`` floats. ``"mean"`` divides by the sum of the weights (torch's rule for class weights; 0
+            if all are 0, NaN if they cancel); rows of weight 0 cost nothing.
         ignore_index: Target of rows without loss or gradient.
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` (recomputes the logits in backward: 8 N D V FLOP instead of 6).
         label_smoothing: In [0, 1], as in torch.

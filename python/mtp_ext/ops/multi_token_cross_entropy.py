@@ -53,9 +53,11 @@ def multi_token_cross_entropy(
         document_ids: ``[B, S']`` integers. A target counts only if it is in the same document as its position.
         head_weights: ``n`` floats or a tensor ``[n]``; default all 1, the paper's sum.
         token_weights: ``[B, S']`` floats, the weight of ``labels[b, j]`` as a target. Means divide by the sum of the
-            weights (torch's rule for class weights); targets of weight 0 cost nothing.
-        normalizer: ``"per_head"``: each head's mean over its own valid targets. A number or 0-d tensor divides each
-            head's sum (for example a token count over all ranks).
+            weights (torch's rule for class weights; 0 if all are 0, NaN if they cancel); targets of weight 0 cost
+            nothing.
+        normalizer: ``"per_head"``: each head's mean over its own valid targets. A number or 0-d tensor, positive and
+            finite, divides each head's sum (for example a token count over all ranks). A wrong one raises ValueError; a
+            GPU's tensor, which the host does not read, gives NaN.
         detach_weight: 1-based heads whose loss sends no gradient to ``weight``.
         bias: ``[V]``.
         class_weights: ``[V]`` floats, used in the loss's dtype, as in :func:`torch.nn.functional.cross_entropy`.

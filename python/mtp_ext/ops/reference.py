@@ -88,7 +88,7 @@ def linear_cross_entropy(
     else:
         loss = loss.sum()
         if reduction == "mean":
-            loss = loss / torch.where(weights.sum() != 0, weights.sum(), 1)
+            loss = loss / mean_divisor(weights)
     return (loss, lse.view(targets.shape)) if return_lse else loss
 
 
@@ -107,6 +107,12 @@ def target_weights(
     if token_weights is not None:
         weights = weights * token_weights.reshape(-1).to(dtype)
     return weights
+
+
+def mean_divisor(weights: Tensor) -> Tensor:
+    """The sum of the weights; infinite if all are 0, so that the mean is 0, and NaN if they cancel."""
+    total = weights.sum()
+    return torch.where(total != 0, total, torch.where((weights != 0).any(), torch.nan, torch.inf))
 
 
 def row_tables(logits: Tensor, valid: Tensor) -> RowTables:
@@ -182,6 +188,9 @@ def multi_token_cross_entropy(
     each = torch.stack([x for x in losses if isinstance(x, Tensor)])  # [n], or [n, B, S]
     head_loss = each if per_head else each.sum((1, 2))
     if reduction == "mean" and not isinstance(normalizer, str):
+        if isinstance(normalizer, Tensor):  # NaN for a wrong one, which a GPU's host does not see
+            given = normalizer.to(head_loss)
+            normalizer = torch.where((given > 0) & (given < torch.inf), given, torch.nan)
         head_loss = head_loss / normalizer
     scale = torch.ones_like(head_loss) if head_weights is None else torch.as_tensor(head_weights).to(head_loss)
     counts = torch.stack(n_valid)

@@ -14,7 +14,7 @@ from mtp_ext.ops.common.checks import check_max_valid, check_targets_in_range
 from mtp_ext.ops.common.result import MultiTokenLoss, RowTables, head_metrics
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
 from mtp_ext.ops.loss.arguments import LossCall, Needs
-from mtp_ext.ops.loss.head_terms import head_weights
+from mtp_ext.ops.loss.head_terms import head_weights, plain_divisors
 from mtp_ext.ops.loss.options import RowOptions
 from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 
@@ -44,11 +44,9 @@ class OneRowLoss:
             reference.shifted_targets(call.labels, k, call.seq_len, call.document_ids, call.ignore_index) for k in heads
         ]
         self._targets = torch.stack(every).long()  # [n, B, S]
-        denominators = self._denominators()
-        positive = denominators != 0  # a head without targets has loss 0
+        self._divisors = plain_divisors(call, self._n_valid)
         ran = backend_of(device).constants([k in active for k in heads], torch.bool, device)
-        self._counts = (self._targets != call.ignore_index) & (ran & positive)[:, None, None]
-        self._divisors = denominators.where(positive, 1)
+        self._counts = (self._targets != call.ignore_index) & ran[:, None, None]
         self._scale = (head_weights(call) / self._divisors)[:, None, None] * self._counts  # [n, B, S], a_k
         self._head_loss = torch.zeros(call.n_heads, dtype=call.acc_dtype, device=device)
         self._accumulator = HeadLossAccumulator(self._of_lse(), self._weight, needs)
@@ -58,13 +56,6 @@ class OneRowLoss:
         """Returns True if each target's loss is ``lse - z[target]`` of (capped) logits, without token weights."""
         plain = call.options == RowOptions(softcap=call.options.softcap)
         return plain and call.token_weights is None and call.bias is None
-
-    def _denominators(self) -> Tensor:
-        call, divisor = self._call, self._call.divisor
-        counts = self._n_valid.to(call.acc_dtype)
-        if divisor is None:
-            return counts
-        return divisor.to(counts).expand_as(counts) if isinstance(divisor, Tensor) else torch.full_like(counts, divisor)
 
     def _of_lse(self) -> LossCall:
         """Returns a call with loss 0 and incoming gradient ``sum_k a_k`` of the log-sum-exp."""

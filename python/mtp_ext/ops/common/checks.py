@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -196,20 +197,30 @@ def checked_head_weights(
 
 
 def checked_normalizer(normalizer: object) -> str | float | Tensor:
-    """Returns ``"per_head"``, a positive float, or a 0-d tensor."""
+    """Returns ``"per_head"``, or a positive and finite float or 0-d tensor; of a GPU's tensor the value is not read."""
     if isinstance(normalizer, str):
         if normalizer != "per_head":
             raise ValueError(f"normalizer must be 'per_head', a number or a 0-d tensor, got {normalizer!r}")
         return normalizer
     if isinstance(normalizer, Tensor):
+        check_tensor("normalizer", normalizer, dtypes=(*FLOAT_DTYPES, *INDEX_DTYPES), shape="0-d")
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer must be 0-d where it is a tensor, got {describe(normalizer)}")
+        if can_read(normalizer):
+            check_divisor(normalizer)
         return normalizer
     if isinstance(normalizer, bool) or not isinstance(normalizer, numbers.Real):
         raise TypeError(f"normalizer must be 'per_head', a number or a 0-d tensor, got {describe(normalizer)}")
-    if not float(normalizer) > 0:
-        raise ValueError(f"normalizer must be positive, got {normalizer}")
+    check_divisor(normalizer)
     return float(normalizer)
+
+
+def check_divisor(normalizer: numbers.Real | Tensor) -> None:
+    """Raises ValueError for a normalizer that is not positive and finite; of a GPU's tensor only with debug checks."""
+    if isinstance(normalizer, Tensor) and not (can_read(normalizer) or debug_checks_enabled()):
+        return
+    if not 0 < float(normalizer) < math.inf:
+        raise ValueError(f"normalizer must be positive and finite, got {float(normalizer):g}")
 
 
 def checked_max_valid(max_valid: int | Sequence[int] | None, n_heads: int) -> list[int] | None:

@@ -46,8 +46,8 @@ def is_dtensor(x: object) -> bool:
 def debug_checks(enabled: bool) -> bool:
     """Enables or disables checks that synchronise with the GPU, for this process.
 
-    On a GPU an out-of-range target makes the loss NaN, because checking would stall the stream. With debug checks the
-    loss raises ``ValueError`` with the target and its index, as it always does on the CPU.
+    On a GPU an out-of-range target or normalizer makes the loss NaN, because checking would stall the stream. With
+    debug checks the loss raises ``ValueError`` that names it, as it always does on the CPU.
 
     Args:
         enabled: The new setting.

@@ -16,7 +16,7 @@ from mtp_ext.ops.common.backend import backend_of
 from mtp_ext.ops.common.result import MultiTokenLoss, RowTables, empty_metrics, head_metrics
 from mtp_ext.ops.common.workspace import empty
 from mtp_ext.ops.loss.arguments import LossCall, Needs, WeightSums
-from mtp_ext.ops.loss.head_terms import divisors, head_weights
+from mtp_ext.ops.loss.head_terms import head_weights
 from mtp_ext.ops.loss.native_cpu import NativeHeads
 from mtp_ext.ops.loss.row_loop import RowLoop
 
@@ -74,14 +74,14 @@ class HeadLossAccumulator:
         return self._heads.row_tables()
 
     @property
-    def denominators(self) -> Tensor:
-        """The denominator of each head's mean, ``[n]``."""
-        return self._heads.denominators
+    def divisors(self) -> Tensor:
+        """The divisor of each head's sum, ``[n]``."""
+        return self._heads.divisors
 
     def result(self) -> MultiTokenLoss:
         """Returns loss and metrics of the heads added so far (a head not added counts as 0)."""
         call, n_valid, tables = self.call, self._heads.n_valid, self.row_tables()
-        head_loss = tables.loss.sum((1, 2), dtype=torch.float64) / divisors(self.denominators)
+        head_loss = tables.loss.sum((1, 2), dtype=torch.float64) / self.divisors
         loss = (head_loss * head_weights(call).double()).sum()
         measured = empty_metrics(loss, None)
         if call.with_metrics:

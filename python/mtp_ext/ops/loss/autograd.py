@@ -99,12 +99,12 @@ def row_losses(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> tupl
         The result, with ``loss`` reduced as in ``call`` (``[n, B, S]`` for "none"), and lse ``[n, B, S]``.
     """
     needs = Needs.of(call, weight, hidden)
-    losses, lse, denominators, *values = RowLosses.apply(call, needs, weight, call.bias, *hidden)  # type: ignore[no-untyped-call]
+    losses, lse, divisors, *values = RowLosses.apply(call, needs, weight, call.bias, *hidden)  # type: ignore[no-untyped-call]
     result = MultiTokenLoss._make(values)
     scale = losses.new_ones(call.n_heads) if call.head_weights is None else call.head_weights.to(losses.dtype)
     if call.reduction == "none":
         return result._replace(loss=losses * scale.view(-1, 1, 1)), lse
-    head_loss = losses.sum((1, 2), dtype=torch.float64) / torch.where(denominators != 0, denominators, 1)
+    head_loss = losses.sum((1, 2), dtype=torch.float64) / divisors
     return result._replace(loss=(head_loss * scale).sum().to(losses.dtype)), lse
 
 

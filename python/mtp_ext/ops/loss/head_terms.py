@@ -1,7 +1,8 @@
-"""Weights of each head's rows: denominators, token and class weights, and the ``max_valid`` guard."""
+"""Weights of each head's rows: divisors, token and class weights, and the ``max_valid`` guard."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ LARGEST_FLOAT16_SCALE = 4096.0
 class HeadTerms:
     """The weights of a call's rows; sums and scales have the call's ``acc_dtype``."""
 
-    denominators: Tensor  # [n], the divisor of each head's sum
+    divisors: Tensor  # [n], of each head's sum
     row_weights: Tensor | None  # [n * B * S], token weights, 0 at rows without a target; None: all 1
     excess: Tensor | None  # [n], NaN for a head with more targets than max_valid, else 0
     scales: RowScales  # scales of the rows' gradients
@@ -37,13 +38,13 @@ class HeadTerms:
             vocab_size: Total number of classes.
         """
         row_weights = _row_weights(call, selection)
-        denominators = _denominators(call, selection, n_valid, row_weights, shard)
+        divisors = _divisors(call, selection, n_valid, row_weights, shard)
         excess = _nan_in_excess(call, n_valid)
-        scale = head_weights(call) / divisors(denominators)
+        scale = head_weights(call) / divisors
         scale = scale if excess is None else scale + excess
         factor = _gradient_scale(call, shard)
         scales = _row_scales(call, scale * factor, vocab_size, shard)
-        return HeadTerms(denominators, row_weights, excess, scales, factor)
+        return HeadTerms(divisors, row_weights, excess, scales, factor)
 
     def weighted(self, losses: Tensor) -> Tensor:
         """Multiplies the flat rows' losses ``[n * B * S]`` by their token weights; 0 at rows without a target."""
@@ -60,9 +61,19 @@ def head_weights(call: LossCall) -> Tensor:
     return call.head_weights.detach().to(device=device, dtype=call.acc_dtype)
 
 
-def divisors(denominators: Tensor) -> Tensor:
-    """Replaces zero denominators by 1: zero total weight means that the sum is 0 as well."""
-    return denominators.where(denominators != 0, 1)
+def plain_divisors(call: LossCall, n_valid: Tensor) -> Tensor:
+    """Returns the divisors ``[n]`` of the heads' sums without token and class weights.
+
+    Infinite for the mean of a head without targets, which is 0; NaN for a wrong tensor, unseen by the host of a GPU.
+    """
+    divisor, dtype = call.divisor, call.acc_dtype
+    if divisor is None:
+        counts = n_valid.to(dtype)
+        return counts.where(counts != 0, math.inf)
+    if not isinstance(divisor, Tensor):
+        return torch.full((call.n_heads,), float(divisor), dtype=dtype, device=n_valid.device)
+    given = divisor.detach().to(device=n_valid.device, dtype=dtype)
+    return given.where((given > 0) & (given < math.inf), math.nan).expand(call.n_heads)
 
 
 def float16_scale(rows_per_head: int) -> float:
@@ -127,27 +138,25 @@ def _class_weights_of(weights: Tensor, targets: Tensor, shard: VocabularyShard |
     return shard.sum_(padded[local.where(held, shard.size)])
 
 
-def _denominators(
+def _divisors(
     call: LossCall, selection: RowSelection, n_valid: Tensor, row_weights: Tensor | None, shard: VocabularyShard | None
 ) -> Tensor:
-    divisor, device, dtype = call.divisor, call.labels.device, call.acc_dtype
-    if isinstance(divisor, Tensor):
-        return divisor.detach().to(device=device, dtype=dtype).expand(call.n_heads)
-    if divisor is not None:
-        return torch.full((call.n_heads,), float(divisor), dtype=dtype, device=device)
     class_weights = call.options.class_weights
-    if row_weights is None and class_weights is None:
-        return n_valid.to(dtype)
+    if call.divisor is not None or (row_weights is None and class_weights is None):
+        return plain_divisors(call, n_valid)
     if row_weights is not None:
         weights = row_weights[selection.flat]
     elif selection.valid is not None:
-        weights = selection.valid.to(dtype)
+        weights = selection.valid.to(call.acc_dtype)
     else:
-        weights = torch.ones(len(selection.rows), dtype=dtype, device=device)
+        weights = torch.ones(len(selection.rows), dtype=call.acc_dtype, device=call.labels.device)
     if class_weights is not None:
         targets = _at_targets(call.labels, call, selection).long()
         weights = weights * _class_weights_of(class_weights, targets, shard)
-    return selection.sums_of_heads(weights).to(dtype)
+    sums, magnitudes = selection.sums_of_heads(weights), selection.sums_of_heads(weights.abs())
+    # A mean without weight is 0, and one whose weights cancel is not defined.
+    empty = torch.full_like(sums, math.inf).where(magnitudes == 0, math.nan)
+    return sums.where(sums != 0, empty).to(call.acc_dtype)
 
 
 def _nan_in_excess(call: LossCall, n_valid: Tensor) -> Tensor | None:

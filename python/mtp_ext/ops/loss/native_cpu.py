@@ -25,7 +25,7 @@ class HeadSums(NamedTuple):
     loss: Tensor  # 0-d
     head_loss: Tensor  # [n]
     n_valid: Tensor  # [n] int64
-    denominators: Tensor  # [n], the divisor of each head's sum
+    divisors: Tensor  # [n], of each head's sum
 
 
 def fused_loss(
@@ -116,7 +116,7 @@ class NativeHeads:
         checks.check_targets_in_range(self.call.labels, selected.first_invalid, weight.shape[-2], call.ignore_index)
         checks.check_max_valid(selected.counts, call.max_valid)
         self.n_valid = selected.counts
-        self.denominators = torch.zeros(call.n_heads, dtype=call.acc_dtype, device=weight.device)
+        self.divisors = torch.ones(call.n_heads, dtype=call.acc_dtype, device=weight.device)
         self._tables = RowTables.zeros(call.n_heads, *call.row_shape, dtype=call.acc_dtype, device=weight.device)
 
     def row_tables(self) -> RowTables:
@@ -129,7 +129,7 @@ class NativeHeads:
         if weight.dim() == 3:
             weight = weight[heads.start : heads.stop]
         found, tables, gradients = fused_loss(call, weight, hidden, self.needs, sums)
-        self.denominators[heads.start : heads.stop] = found.denominators
+        self.divisors[heads.start : heads.stop] = found.divisors
         for table, part in zip(self._tables, tables, strict=True):
             table[heads.start : heads.stop] = part
         return gradients.hidden

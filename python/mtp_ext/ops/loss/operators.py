@@ -71,15 +71,15 @@ def row_losses(
     """Computes the (token-weighted) loss and log-sum-exp of every row, without gradients: 2 N D V FLOP.
 
     Returns:
-        Losses and log-sum-exp ``[n, B, S]``, each head's denominator ``[n]``, and the reduced result.
+        Losses and log-sum-exp ``[n, B, S]``, the divisor of each head's sum ``[n]``, and the reduced result.
     """
     none = Needs(False, False, False)
     if runs_natively(call, weight):
         sums, tables, _ = _natively(call, weight, hidden, none)
-        return tables.loss, tables.lse, sums.denominators, _result(call, sums, tables)
+        return tables.loss, tables.lse, sums.divisors, _result(call, sums, tables)
     accumulator, _ = _accumulated(call, weight, hidden, none)
     tables = accumulator.row_tables()
-    return tables.loss, tables.lse, accumulator.denominators.clone(), accumulator.result()
+    return tables.loss, tables.lse, accumulator.divisors.clone(), accumulator.result()
 
 
 def row_losses_backward(call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs) -> Gradients:
@@ -126,21 +126,21 @@ def _(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> tuple[list[
 @torch.library.custom_op(
     "mtp_ext::_row_losses",
     mutates_args=(),
-    schema=f"({_CALL}, bool[] needs) -> (Tensor losses, Tensor lse, Tensor denominators, Tensor[] result)",
+    schema=f"({_CALL}, bool[] needs) -> (Tensor losses, Tensor lse, Tensor divisors, Tensor[] result)",
 )
 def _row_losses(
     hidden: list[Tensor], weight: Tensor, *call_and_needs: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    losses, lse, denominators, result = row_losses(_split(call_and_needs)[0], weight, hidden)
-    return losses, lse, denominators, list(result)
+    losses, lse, divisors, result = row_losses(_split(call_and_needs)[0], weight, hidden)
+    return losses, lse, divisors, list(result)
 
 
 @_row_losses.register_fake
 def _(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     call, _ = _split(call_and_needs)
     table = weight.new_empty((call.n_heads, call.labels.shape[0], call.seq_len), dtype=call.acc_dtype)
-    denominators = weight.new_empty(call.n_heads, dtype=call.acc_dtype)
-    return table, torch.empty_like(table), denominators, list(_fake_result(call, weight))
+    divisors = weight.new_empty(call.n_heads, dtype=call.acc_dtype)
+    return table, torch.empty_like(table), divisors, list(_fake_result(call, weight))
 
 
 @torch.library.custom_op(

@@ -8,14 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mtp_ext.ops.common import checks
 from mtp_ext.ops.common.backend import backend_of
 from mtp_ext.ops.common.result import RowTables
 from mtp_ext.ops.loss.arguments import LossCall
 
 
 def prepared(call: LossCall) -> LossCall:
-    """Returns ``call`` with its tensors in the kernels' layouts and dtypes; cheap if they are already."""
+    """Returns ``call`` with its tensors in the kernels' layouts and dtypes; cheap if they are already.
+
+    Raises:
+        ValueError: The normalizer is not positive and finite, on the CPU or with debug checks.
+    """
     acc, normalizer = call.acc_dtype, call.normalizer
+    if isinstance(normalizer, Tensor):
+        checks.check_divisor(normalizer)
     changes: dict[str, Any] = {
         "labels": call.labels if call.labels.stride(-1) == 1 else call.labels.contiguous(),
         "document_ids": None if call.document_ids is None else call.document_ids.contiguous(),

@@ -70,9 +70,9 @@ class RowLoop:
         self._gemms: dict[int, ChunkGemms] = {}
 
     @property
-    def denominators(self) -> Tensor:
-        """The denominator of each head's mean, ``[n]``."""
-        return self.terms.denominators
+    def divisors(self) -> Tensor:
+        """The divisor of each head's sum, ``[n]``."""
+        return self.terms.divisors
 
     def row_tables(self) -> RowTables:
         """Returns the tables of the heads run so far, ``[n, B, S]``; losses include their token weights."""

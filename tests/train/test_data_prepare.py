@@ -57,6 +57,8 @@ def test_the_manifest_counts(source: Path, tmp_path: Path) -> None:
     total = sum(len(text.encode()) for text in TEXTS.values())
     assert manifest["inputs"] | {"sha256": ""} == {
         "source": [str(source)],
+        "directory": str(Path.cwd()),
+        "names": ["source"],
         "sha256": "",
         "files": 14,
         "documents": 13,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,8 +12,7 @@ import pytest
 
 from mtp_ext.train.checkpoint.resume import find_checkpoint, hold_run
 from mtp_ext.train.data.config import TEXT_SUFFIXES, DataConfig
-from mtp_ext.train.data.corpus import Corpus
-from mtp_ext.train.data.sources import Document, find_files, read_documents
+from mtp_ext.train.data.sources import find_files
 from tests.train.tiny import run, tiny_config, write_corpus
 
 
@@ -28,12 +26,6 @@ def write(root: Path, files: dict[str, str | bytes]) -> Path:
 
 def names(*source: str | Path, exclude: tuple[str, ...] | None = None) -> list[str]:
     return [file.name for file in find_files([str(entry) for entry in source], TEXT_SUFFIXES, exclude)]
-
-
-def read(path: Path, text_field: str = "text") -> tuple[list[Document], list[tuple[str, str]]]:
-    skipped: list[tuple[str, str]] = []
-    files = find_files([str(path)], TEXT_SUFFIXES)
-    return list(read_documents(files, text_field, lambda *reason: skipped.append(reason))), skipped
 
 
 def test_a_directory_gives_its_text_files_in_order_without_hidden_and_foreign_ones(tmp_path: Path) -> None:
@@ -83,57 +75,6 @@ def test_a_directory_without_text_is_an_error_that_says_what_was_looked_for(tmp_
     write(tmp_path, {"image.png": "x"})
     with pytest.raises(ValueError, match=r"no file to read: looked for the suffixes .*\.py"):
         names(tmp_path)
-
-
-def test_binary_undecodable_and_empty_files_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(tmp_path / "d", {"a.txt": b"a\0b", "b.txt": b"\xff\xfe", "c.txt": "", "good1.txt": "x", "good2.txt": "y"})
-    corpus = Corpus(DataConfig(source=(str(tmp_path / "d"),)))
-    assert corpus.skipped == {"binary": 1, "empty": 1, "not UTF-8": 1}
-    assert corpus.sizes.tolist() == [1, 1]
-    assert "1 binary (first: d/a.txt); 1 empty (first: d/c.txt); 1 not UTF-8 (first: d/b.txt)" in caplog.text
-
-
-def test_a_corpus_of_skipped_files_is_an_error(tmp_path: Path) -> None:
-    write(tmp_path, {"a.txt": b"a\0b", "b.txt": ""})
-    with pytest.raises(ValueError, match=r"holds no text: 1 binary .*1 empty"):
-        Corpus(DataConfig(source=(str(tmp_path),)))
-
-
-def test_texts_are_kept_to_the_byte(tmp_path: Path) -> None:
-    text = "\ufeffa\r\nb\rc\n\n\t\u00a0\u2028é😀 \x0c"
-    write(tmp_path, {"a.txt": text})
-    (document,), skipped = read(tmp_path)
-    assert (document.text, document.data, skipped) == (text, text.encode(), [])
-
-
-def test_records_are_documents_named_by_file_and_line(tmp_path: Path) -> None:
-    lines = [{"body": "one\ntwo"}, {"body": ""}, {"body": "é", "other": 1}, {"body": "é"}]
-    write(tmp_path, {"r.jsonl": "\n\n".join(json.dumps(line) for line in lines) + "\n"})
-    documents, skipped = read(tmp_path / "r.jsonl", "body")
-    path = (tmp_path / "r.jsonl").as_posix()
-    assert [(d.name, d.text) for d in documents] == [(f"{path}:1", "one\ntwo"), (f"{path}:5", "é"), (f"{path}:7", "é")]
-    assert skipped == [("empty", f"{path}:3")]
-    assert documents[1].group == documents[2].group != documents[0].group  # duplicates stay together
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": "cut', "expected a JSON object in UTF-8"),
-        (b'{"text": "\xff"}', "expected a JSON object in UTF-8"),
-        (b'["text"]', "expected a JSON object, got"),
-        (b'{"body": "x", "id": 1}', "text_field 'text' is missing; the fields are 'body', 'id'"),
-        (b'{"text": 3}', "text_field 'text' must hold a string, got int"),
-        (b'{"text": "\\ud800"}', "half of a surrogate pair"),
-        (b"[" * 100_000, "expected a JSON object in UTF-8"),
-    ],
-)
-def test_a_bad_line_is_an_error_with_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
-    write(tmp_path, {"r.jsonl": b'{"text": "fine"}\n\n' + line + b"\n"})
-    with pytest.raises(ValueError) as error:
-        read(tmp_path / "r.jsonl")
-    assert f"{tmp_path / 'r.jsonl'}, line 3: " in str(error.value)
-    assert message in str(error.value)
 
 
 def test_options_out_of_range_are_named() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from mtp_ext.nn import MTPConfig
 from mtp_ext.nn.variants import VARIANTS
 from mtp_ext.train.data import DataConfig
+from mtp_ext.train.data.config import FREE
 from mtp_ext.train.loss_weights import LossWeights, parse_point
 from mtp_ext.train.progress import Limits
 
@@ -21,7 +22,6 @@ DEFAULT_MAX_SECONDS = 300.0
 DEFAULT_D_MODEL = 192
 DEFAULT_TRUNK_LAYERS = 2
 DEFAULT_HEAD_DIM = 64
-FREE = {"resume": "free"}
 
 if TYPE_CHECKING:
     Variant = str

@@ -21,7 +21,8 @@ from mtp_ext.train.checkpoint.directory import (
     resolve_checkpoint,
     set_aside,
 )
-from mtp_ext.train.config import FREE, TrainConfig
+from mtp_ext.train.config import TrainConfig
+from mtp_ext.train.data.config import FREE
 from mtp_ext.train.data.sources import RUN_LOCK_FILE
 
 AUTO = "auto"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_ext.train.data.shards import TokenSplit, damaged, open_split, verify_files
+from mtp_ext.train.data.shards import TokenSplit, damaged, documents_file, open_split, verify_files
 from mtp_ext.train.data.tokenizer import Tokenizer, load_tokenizer
 
 MANIFEST_FILE = "manifest.json"
@@ -21,7 +21,7 @@ class Dataset:
 
     Attributes:
         tokenizer: Its tokenizer.
-        manifest: The contents of ``manifest.json``: hash of the inputs, tokenizer, and counts of each split.
+        manifest: The contents of ``manifest.json``: inputs, tokenizer, and counts of each split.
         fingerprint: Hash of the inputs, the split and the tokenizer.
         splits: The non-empty splits by name.
     """
@@ -42,6 +42,11 @@ class Dataset:
         if name not in self.splits:
             raise ValueError(f"the {name} split is empty: the corpus was prepared with all documents on the other side")
         return self.splits[name]
+
+
+def is_dataset(directory: Path) -> bool:
+    """Returns True for a directory written by ``prepare_data``."""
+    return (directory / MANIFEST_FILE).is_file() and (directory / documents_file(TRAIN)).is_file()
 
 
 def open_dataset(directory: Path) -> Dataset:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,18 @@ from filelock import FileLock
 
 from mtp_ext.train.data.config import DataConfig
 from mtp_ext.train.data.corpus import Corpus
-from mtp_ext.train.data.dataset import MANIFEST_FILE, TOKENIZER_DIRECTORY, TRAIN, VALIDATION, Dataset, open_dataset
-from mtp_ext.train.data.shards import SplitWriter, checksums, token_dtype
-from mtp_ext.train.data.sources import Document
+from mtp_ext.train.data.dataset import (
+    MANIFEST_FILE,
+    TOKENIZER_DIRECTORY,
+    TRAIN,
+    VALIDATION,
+    Dataset,
+    is_dataset,
+    open_dataset,
+)
+from mtp_ext.train.data.documents import Document
+from mtp_ext.train.data.shards import DamagedDataError, SplitWriter, checksums, token_dtype
+from mtp_ext.train.data.sources import located
 from mtp_ext.train.data.tokenizer import BPE_PIECES, BYTES, ByteTokenizer, Tokenizer, learn_bpe, load_tokenizer
 
 FORMAT = 1
@@ -40,29 +51,51 @@ def prepare_data(config: DataConfig, cache_dir: Path) -> Dataset:
     """Opens the tokenised corpus of ``config``, and tokenises it first if necessary.
 
     Every call reads the inputs once to hash them, and verifies the checksums of the shards. Of concurrent processes
-    with the same corpus, one prepares it and the others wait.
+    with the same corpus, one prepares it and the others wait. If the source is a tokenised corpus itself, it is opened.
 
     Args:
         config: The corpus, its split and its tokenizer.
         cache_dir: The parent directory of prepared corpora; created if missing.
     Raises:
-        ValueError: There is nothing to read, a JSON line is invalid, nothing can be held out, or the tokenizer is
-            unknown.
+        MissingSourceError: There is nothing to read.
+        ValueError: A source cannot be read, a record holds no text, nothing can be held out, the tokenizer is unknown,
+            or a tokenised source was prepared with other options.
         DamagedDataError: The prepared data was changed or truncated; the message says how to rebuild it.
     """
-    given = _parse_tokenizer(config.tokenizer)
+    given = parse_tokenizer(config.tokenizer)
+    dataset = open_tokenised(config)
+    if dataset is not None:
+        _check_options(config, given, dataset)
+        return dataset
     corpus = Corpus(config)
-    key = _key(config, corpus, given)
-    directory = cache_dir / key
+    return open_or_build(config, corpus, given, cache_dir / corpus_key(config, corpus, given))
+
+
+def open_tokenised(config: DataConfig, directory: str = "") -> Dataset | None:
+    """Opens the source if it is a tokenised corpus; a relative one starts from ``directory``."""
+    path = Path(located(config.source, directory)[0])
+    if len(config.source) > 1 or not is_dataset(path):
+        return None
+    dataset = open_dataset(path)
+    inputs = {**dataset.manifest["inputs"], "source": list(config.source), "directory": os.path.abspath(directory)}
+    return replace(dataset, manifest={**dataset.manifest, "inputs": inputs})
+
+
+def open_or_build(config: DataConfig, corpus: Corpus, given: Tokenizer | int, directory: Path) -> Dataset:
+    """Opens ``directory``, after building it if it does not exist, with what was read this time as its inputs."""
     if not directory.exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_dir / f"{key}.lock"):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory.with_name(f"{directory.name}.lock")):
             if not directory.exists():
                 _build(config, corpus, given, directory)
-    return open_dataset(directory)
+    try:
+        dataset = open_dataset(directory)
+    except DamagedDataError as error:
+        raise DamagedDataError(f"{error}; delete that directory and run again to rebuild it") from None
+    return replace(dataset, manifest={**dataset.manifest, "inputs": corpus.inputs})
 
 
-def _parse_tokenizer(name: str) -> Tokenizer | int:
+def parse_tokenizer(name: str) -> Tokenizer | int:
     """Returns an existing tokenizer, or the vocabulary size of one to learn."""
     if name == BYTES:
         return ByteTokenizer()
@@ -74,7 +107,24 @@ def _parse_tokenizer(name: str) -> Tokenizer | int:
         raise ValueError(f"tokenizer must be 'bytes', 'bpe:<vocabulary size>' or a path, got {name!r}") from None
 
 
-def _key(config: DataConfig, corpus: Corpus, given: Tokenizer | int) -> str:
+def _check_options(config: DataConfig, given: Tokenizer | int, dataset: Dataset) -> None:
+    """Raises ValueError if a tokenised source was prepared with other options than those of ``config``."""
+    tokenizer, split = dataset.manifest["tokenizer"], dataset.manifest["split"]
+    is_same = (
+        tokenizer["name"] == config.tokenizer
+        if isinstance(given, int)
+        else (given.fingerprint == dataset.tokenizer.fingerprint)
+    )
+    wanted = {"seed": config.seed, "validation_fraction": config.validation_fraction}
+    if not is_same or split != wanted:
+        raise ValueError(
+            f"source {config.source[0]!r} was tokenised with tokenizer {tokenizer['name']!r}, seed {split['seed']} and "
+            f"validation_fraction {split['validation_fraction']}; expected the same options, got tokenizer "
+            f"{config.tokenizer!r}, seed {config.seed} and validation_fraction {config.validation_fraction}"
+        )
+
+
+def corpus_key(config: DataConfig, corpus: Corpus, given: Tokenizer | int) -> str:
     """Returns the name of the prepared directory: a hash of everything that determines its contents."""
     tokenizer = f"{given} {BPE_SAMPLE_BYTES} {BPE_PIECES}" if isinstance(given, int) else given.fingerprint
     parts = [FORMAT, corpus.digest, config.seed, config.validation_fraction, tokenizer]
@@ -94,14 +144,7 @@ def _build(config: DataConfig, corpus: Corpus, given: Tokenizer | int, directory
             "format": FORMAT,
             "fingerprint": directory.name,
             "description": FORMAT_DESCRIPTION,
-            "inputs": {
-                "source": list(config.source),
-                "sha256": corpus.digest,
-                "files": corpus.n_files,
-                "documents": corpus.sizes.size,
-                "bytes": int(corpus.sizes.sum()),
-                "skipped": corpus.skipped,
-            },
+            "inputs": corpus.inputs,
             "tokenizer": {
                 "name": config.tokenizer,
                 "fingerprint": tokenizer.fingerprint,

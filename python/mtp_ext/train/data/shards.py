@@ -19,12 +19,17 @@ TokenArray = npt.NDArray[Any]  # uint16 or uint32
 
 
 class DamagedDataError(RuntimeError):
-    """Prepared data on the disk is damaged; the message says how to rebuild it."""
+    """Prepared data on the disk is damaged."""
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     """Returns the smallest dtype that holds every id."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def documents_file(split: str) -> str:
+    """Returns the name of the file with the document boundaries of a split."""
+    return f"{split}-documents.npy"
 
 
 @dataclass(frozen=True)
@@ -124,15 +129,15 @@ class SplitWriter:
         self._write_full_shards()
         if self._n_pending:
             self._write_shard(np.concatenate(self._pending))
-        documents_file, names_file = f"{self._name}-documents.npy", f"{self._name}-names.json"
-        np.save(self._directory / documents_file, np.frombuffer(self._starts, dtype=np.int64))
+        starts_file, names_file = documents_file(self._name), f"{self._name}-names.json"
+        np.save(self._directory / starts_file, np.frombuffer(self._starts, dtype=np.int64))
         (self._directory / names_file).write_text(json.dumps(self._names), encoding="utf-8")
         return {
             "documents": len(self._names),
             "tokens": self._starts[-1],
             "bytes": self._n_bytes,
             "shards": self._shard_files,
-            "document_starts": documents_file,
+            "document_starts": starts_file,
             "document_names": names_file,
         }
 
@@ -191,9 +196,7 @@ def verify_files(directory: Path, expected: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def damaged(directory: Path, problem: str) -> DamagedDataError:
-    return DamagedDataError(
-        f"the prepared data in {directory} is damaged: {problem}; delete that directory and run again to rebuild it"
-    )
+    return DamagedDataError(f"the prepared data in {directory} is damaged: {problem}")
 
 
 def sha256_of(path: Path) -> str:

@@ -1,24 +1,22 @@
-"""Document sources: directories, files, globs, JSON lines and the standard library's source.
+"""Source files: found in directories, by globs or by name, and in the standard library; named alike wherever they are.
 
-A document is a file or a JSON record. The held-out split keeps documents of one group together: the file, the top-level
-package of the standard library, or the record's content (so that exact duplicates of a record stay on one side).
+Names identify a corpus and decide its split. So that a corpus may be moved, a file's name is what its entry is called
+(`source_names`) and the path from there.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import itertools
-import json
 import logging
 import os
 import stat
 import sysconfig
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 STDLIB = "stdlib"
 # Tests are two thirds of the library's bytes, and many installations lack them; the other patterns are generated
@@ -32,13 +30,14 @@ OUTPUT_FILES = tuple(
     frozenset(files.split())
     for files in (RUN_LOCK_FILE, "config.toml metrics.jsonl", "manifest.json model.safetensors", "train-documents.npy")
 )
-RECORD_SUFFIXES = (".jsonl", ".ndjson")
-BINARY_PROBE_BYTES = 8192  # like git: a file with a NUL byte near its beginning is binary
+COMPRESSED = (".gz", ".zst")
+NOT_FILES = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 _log = logging.getLogger(__name__)
 
-OnSkip = Callable[[str, str], None]
-"""Called with the reason and the name of a skipped document."""
+
+class MissingSourceError(ValueError):
+    """There is nothing to read where the source should be."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,37 @@ class SourceFile:
     group: str
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text; ``data`` is its UTF-8 form."""
+def plain_name(name: str) -> str:
+    """Returns the name of a file in lower case, without the suffix of a compression."""
+    stem, suffix = os.path.splitext(name.lower())
+    return stem if suffix in COMPRESSED else stem + suffix
 
-    name: str
-    group: str
-    text: str
-    data: bytes
+
+def located(source: Sequence[str], directory: str) -> tuple[str, ...]:
+    """Returns the entries of ``source`` as paths from ``directory``; "" is the current one."""
+    return tuple(e if e == STDLIB else os.path.join(directory, os.path.expanduser(e)) for e in source)
+
+
+def source_names(source: Sequence[str]) -> list[str]:
+    """Returns what each entry is called: a directory by its own name, a file by its path as it was given, and a glob
+    by the path of the directory that it searches."""
+    names = []
+    for entry in source:
+        path = Path(os.path.expanduser(entry))
+        if entry == STDLIB:
+            names.append(STDLIB)
+        elif os.path.exists(path):
+            names.append(path.resolve().name if path.is_dir() else path.as_posix())
+        else:
+            names.append(_glob_root(path).as_posix())
+    return names
 
 
 def find_files(
-    source: Sequence[str], suffixes: Sequence[str], exclude: Sequence[str] | None = None
+    source: Sequence[str],
+    suffixes: Sequence[str],
+    exclude: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[SourceFile]:
     """Finds the files of ``source``, each once, in an order independent of the file system.
 
@@ -77,52 +95,28 @@ def find_files(
         source: Directories, files, globs or ``"stdlib"``.
         suffixes: Suffixes of the files taken from directories, case-insensitive.
         exclude: Patterns of relative paths to exclude; None means ``STDLIB_EXCLUDE`` for ``"stdlib"``, else nothing.
+        names: What each entry is called; None takes `source_names`.
     Raises:
-        ValueError: An entry matches nothing, or no file is left.
+        MissingSourceError: An entry matches nothing, or no file is left.
+        ValueError: A directory cannot be read, or a source is a pipe, a socket or a device.
     """
     wanted = tuple(suffix.lower() for suffix in suffixes)
     found: dict[Path, SourceFile] = {}
-    for entry in source:
+    for entry, called in zip(source, names or source_names(source), strict=True):
         default = STDLIB_EXCLUDE if entry == STDLIB else ()
         patterns = default if exclude is None else exclude
-        for file in _expand(entry, wanted, patterns):
-            if not any(fnmatchcase(file.relative, pattern) for pattern in patterns):
+        for file in _expand(entry, called, wanted, patterns):
+            if not any(fnmatchcase(file.relative, pattern) for pattern in patterns) and _is_file(file):
                 found.setdefault(file.path.resolve(), file)
     if not found:
-        raise ValueError(
+        raise MissingSourceError(
             f"source {', '.join(map(repr, source))} has no file to read: looked for the suffixes {' '.join(suffixes)}, "
             f"left out {' '.join(exclude) if exclude else 'nothing'}"
         )
     return list(found.values())
 
 
-def read_documents(files: Iterable[SourceFile], text_field: str, on_skip: OnSkip) -> Iterator[Document]:
-    """Yields the documents of ``files`` in order, without newline translation.
-
-    Args:
-        files: Text files, or files of JSON records by their suffix.
-        text_field: Field of a record that holds its text.
-        on_skip: Called for each binary, undecodable or empty document.
-    Raises:
-        ValueError: A JSON line is not an object with a text; the message names the file and the line.
-    """
-    for file in files:
-        if file.path.suffix.lower() in RECORD_SUFFIXES:
-            yield from _records(file, text_field, on_skip)
-            continue
-        data = file.path.read_bytes()
-        if not data:
-            on_skip("empty", file.name)
-        elif b"\0" in data[:BINARY_PROBE_BYTES]:
-            on_skip("binary", file.name)
-        else:
-            try:
-                yield Document(file.name, file.group, data.decode("utf-8"), data)
-            except UnicodeDecodeError:
-                on_skip("not UTF-8", file.name)
-
-
-def _expand(entry: str, suffixes: tuple[str, ...], patterns: Sequence[str]) -> Iterator[SourceFile]:
+def _expand(entry: str, called: str, suffixes: tuple[str, ...], patterns: Sequence[str]) -> Iterator[SourceFile]:
     """Yields the files of one entry of ``source``; ``patterns`` excuse directories that cannot be read."""
     if entry == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
@@ -130,23 +124,30 @@ def _expand(entry: str, suffixes: tuple[str, ...], patterns: Sequence[str]) -> I
             package = relative.split("/", 1)[0].removesuffix(".py")
             yield SourceFile(root / relative, f"{STDLIB}/{relative}", relative, f"{STDLIB}/{package}")
         return
-    pattern = os.path.expanduser(entry)
-    matches = [Path(pattern)] if os.path.exists(pattern) else _glob(pattern, patterns)
+    path = Path(os.path.expanduser(entry))
+    matches = [path] if os.path.exists(path) else _glob(os.path.expanduser(entry), patterns)
     if not matches:
-        raise ValueError(f"source {entry!r} is not a file or directory and matches none")
+        raise MissingSourceError(f"source {entry!r} is not a file or directory and matches none")
     for match in matches:
         if match.is_dir():
+            directory = called if match == path else match.resolve().name
             for relative in _walk(match, suffixes, patterns):
-                name = f"{match.resolve().name}/{relative}"
+                name = f"{directory}/{relative}"
                 yield SourceFile(match / relative, name, relative, name)
-        elif match.is_file():
-            yield SourceFile(match, match.as_posix(), match.as_posix(), match.as_posix())
+        else:
+            name = called if match == path else (PurePosixPath(called) / match.relative_to(_glob_root(path))).as_posix()
+            yield SourceFile(match, name, name, name)
+
+
+def _glob_root(path: Path) -> Path:
+    """Returns the directory that a glob searches."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
 
 
 def _glob(pattern: str, excluded: Sequence[str]) -> list[Path]:
     """Returns the sorted matches of a glob that are not the output of training; ``**`` runs into no loop of links."""
     parts = Path(pattern).parts
-    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+    root = _glob_root(Path(pattern))
     wanted = parts[len(root.parts) :]
     if "**" not in wanted:
         matches = map(Path, sorted(glob.glob(pattern)))
@@ -180,7 +181,7 @@ def _walk(root: Path, suffixes: tuple[str, ...], excluded: Sequence[str]) -> Ite
         if any(environment == directory or environment in directory.parents for environment in environments):
             continue
         for name in names:
-            if name[0] != "." and name.lower().endswith(suffixes) and _is_file(directory / name):
+            if name[0] != "." and (name.lower().endswith(suffixes) or plain_name(name).endswith(suffixes)):
                 yield (directory / name).relative_to(root).as_posix()
 
 
@@ -222,56 +223,27 @@ def _directories(
             yield path, sorted(names)
 
 
-def _is_file(path: Path) -> bool:
-    """Returns True for a regular file; logs a link to nothing."""
+def _is_file(file: SourceFile) -> bool:
+    """Returns True for a regular file; logs a link to nothing.
+
+    Raises:
+        ValueError: It is a pipe, a socket or a device, or cannot be looked at.
+    """
     try:
-        return stat.S_ISREG(path.stat().st_mode)
+        kind = NOT_FILES.get(stat.S_IFMT(file.path.stat().st_mode))
     except FileNotFoundError:
-        _log.warning("left out of the corpus: %s is a link to nothing", path)
+        _log.warning("left out of the corpus: %s is a link to nothing", file.path)
         return False
     except OSError as error:
-        raise ValueError(f"source: cannot read {path} ({error.strerror})") from None
+        raise ValueError(f"source: cannot read {file.path} ({error.strerror})") from None
+    if kind is not None:
+        raise ValueError(
+            f"source: {file.path} is {kind}, expected a file, because documents are read more than once; write them to "
+            f"a file, or leave it out with data.exclude '{file.relative}'"
+        )
+    return True
 
 
 def _is_output(name: str, entries: Sequence[str]) -> bool:
     """Returns True for a directory that training wrote: a run, a checkpoint, or a tokenised corpus."""
     return any(files.issubset(entries) for files in OUTPUT_FILES) or (".partial-" in name and "tokenizer" in entries)
-
-
-def _records(file: SourceFile, text_field: str, on_skip: OnSkip) -> Iterator[Document]:
-    """Yields the documents of a file of JSON lines; blank lines are allowed."""
-    with file.path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            name = f"{file.name}:{number}"
-            text = _record_text(line, text_field, f"{file.path}, line {number}")
-            data = _utf8(text, f"{file.path}, line {number}")
-            if not data:
-                on_skip("empty", name)
-                continue
-            yield Document(name, hashlib.blake2b(data, digest_size=16).hexdigest(), text, data)
-
-
-def _record_text(line: bytes, text_field: str, where: str) -> str:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # both decoders raise subclasses of ValueError
-        raise ValueError(f"{where}: expected a JSON object in UTF-8, got {line[:60]!r} ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r}")
-    if text_field not in record:
-        raise ValueError(
-            f"{where}: text_field {text_field!r} is missing; the fields are {', '.join(map(repr, record))}"
-        )
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: text_field {text_field!r} must hold a string, got {type(text).__name__}")
-    return text
-
-
-def _utf8(text: str, where: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:  # a lone surrogate such as \ud800 is valid JSON but not text
-        raise ValueError(f"{where}: the text holds half of a surrogate pair at character {error.start}") from None

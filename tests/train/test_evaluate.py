@@ -50,7 +50,7 @@ def test_a_changed_corpus_is_refused(tmp_path: Path) -> None:
     """Another validation split would give other numbers without a word."""
     run(tiny_config(tmp_path, max_steps=1))
     write_corpus(tmp_path / "corpus", seed=5)
-    with pytest.raises(ValueError, match=r"the corpus or its tokenizer is not that of .*; pass --source"):
+    with pytest.raises(ValueError, match=r"cannot find the corpus of .* holds 12 documents .*; pass --source"):
         evaluate_command(["--checkpoint", str(tmp_path / "run")])
 
 

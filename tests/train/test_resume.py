@@ -125,7 +125,7 @@ def test_a_changed_corpus_is_an_error(tmp_path: Path) -> None:
     run(config)
     file = tmp_path / "corpus" / "module_0.py"
     file.write_text(file.read_text() + "# one more line\n")
-    with pytest.raises(ValueError, match=r"the corpus or its tokenizer is not that of .* restore them"):
+    with pytest.raises(ValueError, match=r"cannot find the corpus of .*corpus holds 12 documents .*; restore it"):
         run(dataclasses.replace(config, max_steps=2), latest(tmp_path / "run"))
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from mtp_ext.train.checkpoint.saved_model import TOKENIZER_DIRECTORY, SavedModel, check_dataset, load_saved_model
+from mtp_ext.train.checkpoint.saved_model import TOKENIZER_DIRECTORY, SavedModel, find_dataset, load_saved_model
 from mtp_ext.train.data import Dataset, prepare_data
 from mtp_ext.train.device import choose_compute
 from mtp_ext.train.evaluate import evaluate
@@ -81,13 +81,11 @@ def prepare(command: EvaluateCommand, saved: SavedModel) -> Dataset:
     """Prepares the corpus to measure on, with the model's tokenizer.
 
     Raises:
-        ValueError: The training corpus has changed since the model was trained.
+        ValueError: The training corpus is gone, or has changed since the model was trained.
     """
     cache = command.cache or saved.config.cache or default_cache()
     if command.source is None:
-        dataset = prepare_data(saved.config.data, cache)
-        check_dataset(saved.checkpoint, dataset, "pass --source to measure on other text")
-        return dataset
+        return find_dataset(saved.checkpoint, saved.config.data, cache, "pass --source to measure on other text")
     config = dataclasses.replace(
         saved.config.data,
         source=command.source,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from rich.console import Console
 from mtp_ext.nn import MTPModel
 from mtp_ext.train.checkpoint.directory import Checkpoint, list_checkpoints
 from mtp_ext.train.checkpoint.resume import hold_run
+from mtp_ext.train.checkpoint.saved_model import find_dataset
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.config_file import write_config
 from mtp_ext.train.data import Dataset, prepare_data
@@ -25,6 +26,8 @@ from mtp_ext.train.report.plots import plot_run
 from mtp_ext.train.report.record import MetricsWriter
 from mtp_ext.train.report.sample import choose_held_out, continue_text
 from mtp_ext.train.trainer import Trainer
+
+REMEDY = "restore it, name with --data.source where it or its tokens are, or start a new run"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None, console: Console) 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     compute = choose_compute(config.device, config.precision)
+    if config.cache is not None:
+        config = replace(config, cache=config.cache.absolute())  # recorded for a resume from another directory
     with hold_run(config.out, checkpoint) as directory:
         return _train(config, checkpoint, console, compute, directory)
 
@@ -73,7 +78,11 @@ def _train(
 ) -> Outcome:
     """Trains in a directory that is locked for the run."""
     display = Display(console)
-    dataset = prepare_data(config.data, config.cache or default_cache())
+    cache = config.cache or default_cache()
+    if checkpoint is None:
+        dataset = prepare_data(config.data, cache)
+    else:
+        dataset = find_dataset(checkpoint, config.data, cache, REMEDY)
     torch.manual_seed(config.seed)
     model = MTPModel(config.model.build(dataset.tokenizer.vocab_size, config.batch.seq_len)).to(compute.device)
     trainer = Trainer(config, directory, dataset, model, compute)

@@ -18,7 +18,7 @@ from mtp_ext.train.checkpoint.directory import (
     write_checkpoint,
 )
 from mtp_ext.train.checkpoint.resume import CHECKPOINTS
-from mtp_ext.train.checkpoint.saved_model import check_dataset, write_description
+from mtp_ext.train.checkpoint.saved_model import write_description
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.data import Dataset, TrainingStream
 from mtp_ext.train.device import Compute
@@ -62,11 +62,10 @@ class Trainer:
         Raises:
             ValueError: It was trained on another corpus or tokenizer.
         """
-        check_dataset(checkpoint, self.dataset, "restore them to continue the run, or start a new one")
         state = load_training_state(checkpoint)
+        self.stream.load_state_dict(state["stream"])
         self.model.load_state_dict(load_model_state(checkpoint))
         self.optimizers.load_state_dict(state["optimizers"])
-        self.stream.load_state_dict(state["stream"])
         self.progress = Progress(**state["progress"])
         self._steps_before = self.progress.step - self.optimizers.updates
         if "loss_weights" in state:  # absent in old checkpoints

@@ -12,7 +12,9 @@ from mtp_ext.nn import MTPConfig, MTPModel
 from mtp_ext.train.checkpoint.directory import Checkpoint, load_model_state, resolve_checkpoint
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.config_file import read_config, write_config
-from mtp_ext.train.data import Dataset, Tokenizer, load_tokenizer
+from mtp_ext.train.data import DataConfig, Dataset, Tokenizer, load_tokenizer
+from mtp_ext.train.data.earlier import ChangedCorpusError, EarlierCorpus, find_again
+from mtp_ext.train.data.sources import MissingSourceError
 
 MODEL_CONFIG_FILE = "model.json"
 TOKENIZER_DIRECTORY = "tokenizer"
@@ -45,24 +47,28 @@ def write_description(directory: Path, config: TrainConfig, model: MTPConfig, da
     dataset.tokenizer.save(directory / TOKENIZER_DIRECTORY)
 
 
-def check_dataset(checkpoint: Checkpoint, dataset: Dataset, remedy: str) -> None:
-    """Raises ValueError unless corpus, split and tokenizer are those that the checkpoint was trained on.
+def find_dataset(checkpoint: Checkpoint, config: DataConfig, cache: Path, remedy: str) -> Dataset:
+    """Opens the corpus that a checkpoint was trained on, wherever it is now.
 
     Args:
         checkpoint: The checkpoint.
-        dataset: The dataset that its configuration gives now.
+        config: The corpus, with the sources as they are named now.
+        cache: Directory of tokenised corpora.
         remedy: The end of the error message: what to do.
+    Raises:
+        ValueError: It is not there, or corpus, split or tokenizer are others now.
     """
     path = checkpoint.path / DATASET_FILE
     try:
-        fingerprint = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        fingerprint, inputs = manifest["fingerprint"], manifest["inputs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint: {path} cannot be read ({error})") from None
-    if fingerprint != dataset.fingerprint:
-        raise ValueError(
-            f"checkpoint: the corpus or its tokenizer is not that of {checkpoint.path}: files of data.source were "
-            f"changed, added or removed since; {remedy}"
-        )
+    earlier = EarlierCorpus(fingerprint, inputs, load_tokenizer(checkpoint.path / TOKENIZER_DIRECTORY))
+    try:
+        return find_again(config, cache, earlier)
+    except (MissingSourceError, ChangedCorpusError) as error:
+        raise ValueError(f"checkpoint: cannot find the corpus of {checkpoint.path}: {error}; {remedy}") from None
 
 
 def read_model_config(checkpoint: Checkpoint) -> MTPConfig:

@@ -16,13 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from mtp_ext.nn.schedules.autograd import autograd_loss
+from mtp_ext.nn.schedules.ddp import reach_all
 from mtp_ext.nn.schedules.head_stack import HeadStack
 from mtp_ext.nn.schedules.joint import joint_loss
 from mtp_ext.nn.schedules.sequential import sequential_loss
 from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops.common.result import MultiTokenLoss
 
-SCHEDULES = ("sequential", "joint", "autograd")
+SCHEDULES = {"sequential": sequential_loss, "joint": joint_loss, "autograd": autograd_loss}
 
 
 def multi_token_loss(
@@ -39,11 +40,8 @@ def multi_token_loss(
         schedule: ``"sequential"``, ``"joint"`` or ``"autograd"``.
     """
     check_schedule(schedule)
-    if schedule == "sequential":
-        return sequential_loss(heads, hidden, weight, context, targets)
-    if schedule == "joint":
-        return joint_loss(heads, hidden, weight, context, targets)
-    return autograd_loss(heads, hidden, weight, context, targets)
+    result = SCHEDULES[schedule](heads, hidden, weight, context, targets)
+    return reach_all(result, heads, hidden, weight, targets)
 
 
 def check_schedule(schedule: str) -> None:

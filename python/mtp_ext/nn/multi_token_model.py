@@ -28,12 +28,16 @@ class MultiTokenModel(nn.Module):
         embed: The module that owns the embedding, if the trunk does not.
     """
 
+    accepts_loss_kwargs = False
+    """Tells transformers' Trainer that the loss is a mean, which it then averages over accumulated batches."""
+
     def __init__(self, trunk: nn.Module, heads: Heads, unembed: nn.Module, embed: nn.Module | None = None) -> None:
         super().__init__()
         # Optimizer states index parameters in this order.
         if embed is not None:
             self.embed = embed
         self.unembed, self.trunk, self.heads = unembed, trunk, heads
+        self.register_state_dict_post_hook(_copy_shared)  # type: ignore[no-untyped-call]
 
     def prepare(self, tokens: Tensor, document_ids: Tensor | None) -> Any:
         """Checks the inputs of a forward and returns the context shared by trunk and heads."""
@@ -100,3 +104,13 @@ class MultiTokenModel(nn.Module):
         context = self.with_tokens_ahead(self.prepare(tokens, document_ids), tokens, None)
         outputs = head_outputs(self.heads, self.run_trunk(tokens, document_ids, context), context)
         return torch.stack([self.heads.logits(k, output) for k, output in outputs.items()])
+
+
+def _copy_shared(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Copies what a state dict holds under several names (tied weights): safetensors refuses to save shared memory."""
+    seen: set[Tensor] = set()
+    for name, parameter in model.named_parameters(prefix.rstrip("."), remove_duplicate=False):
+        value = state.get(name)
+        if parameter in seen and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):  # keep_vars
+            state[name] = value.clone()
+        seen.add(parameter)

@@ -85,7 +85,7 @@ def write_checkpoint(
     Args:
         directory: The run's checkpoint directory; created if missing.
         step: Optimiser steps done.
-        model_state: The model's state dict.
+        model_state: The model's state dict, whose tensors do not share memory.
         training_state: Anything that ``torch.load(weights_only=True)`` can read.
         validation_loss: Head 1's validation loss at this step, if measured.
         write_extra: Called with the unfinished directory to add files (configuration, tokenizer).
@@ -101,7 +101,7 @@ def write_checkpoint(
         directory.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(directory)
         writing.mkdir()
-        save_file(_separate(model_state), writing / MODEL_FILE)
+        save_file({name: tensor.contiguous() for name, tensor in model_state.items()}, writing / MODEL_FILE)
         with (writing / STATE_FILE).open("wb") as file:  # torch itself opens only paths in UTF-8
             torch.save(dict(training_state), file)
         if write_extra is not None:
@@ -279,17 +279,6 @@ def load_training_state(checkpoint: Checkpoint) -> dict[str, Any]:
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise DamagedCheckpointError(f"checkpoint: {path} cannot be read ({error})") from None
     return state
-
-
-def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies tensors that share memory (tied weights), because safetensors rejects shared storage."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in state.items():
-        shared = tensor.untyped_storage().data_ptr() in seen
-        seen.add(tensor.untyped_storage().data_ptr())
-        separate[name] = tensor.detach().clone().contiguous() if shared else tensor.detach().contiguous()
-    return separate
 
 
 def _remove_leftovers(directory: Path) -> None:

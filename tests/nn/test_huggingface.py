@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mtp_ext.nn.interop.huggingface import from_huggingface, load_huggingface, save_huggingface
+from mtp_ext.nn.huggingface import from_huggingface, load_huggingface, save_huggingface
 from tests.nn.conftest import SCHEDULES, VOCAB_SIZE
 
 transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
 
 Make = Callable[..., Any]
 Error = Callable[[Tensor, Tensor], float]
@@ -198,17 +198,6 @@ def test_state_dicts_load_strictly(make_batch: Make) -> None:
         other.load_state_dict({k: v for k, v in state.items() if k != name})
 
 
-def test_a_missing_weight_of_a_head_is_an_error(tmp_path: Path) -> None:
-    save_huggingface(from_huggingface(make_lm("Llama"), 3), tmp_path)
-    weights = load_file(tmp_path / "mtp_heads.safetensors")
-    del weights["heads.2.block.layer.mlp.down_proj.weight"]
-    save_file(weights, tmp_path / "mtp_heads.safetensors")
-    with pytest.raises(ValueError, match=r"missing or unexpected weight 'heads\.2\.block\.layer\.mlp\.down_proj"):
-        load_huggingface(tmp_path)
-    with pytest.raises(ValueError, match="holds no heads"):
-        load_huggingface(tmp_path / "absent")
-
-
 def test_errors_name_the_argument() -> None:
     lm = make_lm("Llama")
     for arguments, error, message in (
@@ -222,6 +211,70 @@ def test_errors_name_the_argument() -> None:
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match=r"one of the families llama, .* got GPT2LMHeadModel \(gpt2\)"):
         from_huggingface(gpt2, 2)
+
+
+REPLACEMENTS: dict[str, Callable[[Any], object]] = {
+    "more tokens": lambda lm: lm.resize_token_embeddings(VOCAB_SIZE + 3),
+    "fewer tokens": lambda lm: lm.resize_token_embeddings(VOCAB_SIZE - 3),
+    "another lm_head": lambda lm: setattr(lm, "lm_head", nn.Linear(16, VOCAB_SIZE, bias=False).double()),
+    "another embedding": lambda lm: lm.set_input_embeddings(nn.Embedding(VOCAB_SIZE, 16).double()),
+    "another layer": lambda lm: lm.model.layers.__setitem__(0, copy.deepcopy(lm.model.layers[0])),
+    "a layer less": lambda lm: setattr(lm.model, "layers", lm.model.layers[:-1]),
+    "LoRA on lm_head": lambda lm: peft.get_peft_model(lm, peft.LoraConfig(target_modules=["lm_head"])),
+}
+
+
+@pytest.mark.parametrize("name", ["Llama", "Llama tied"])
+@pytest.mark.parametrize("change", REPLACEMENTS)
+def test_a_part_that_is_replaced_later_is_an_error(change: str, name: str, tmp_path: Path, make_batch: Make) -> None:
+    lm = make_lm(name)
+    model = from_huggingface(lm, 3)
+    tokens, labels = make_batch(3, vocab_size=VOCAB_SIZE - 3)
+    model(tokens, labels)
+    REPLACEMENTS[change](lm)
+    if name == "Llama tied" and "tokens" in change:  # resized in place
+        torch.testing.assert_close(model(tokens), lm(input_ids=tokens).logits)
+        return
+    calls = (lambda: model(tokens, labels), lambda: model(tokens), lambda: model.all_logits(tokens))
+    for call in (*calls, lambda: save_huggingface(model, tmp_path / "saved")):
+        with pytest.raises(ValueError, match="the language model must keep its embedding, layers, norm and lm_head"):
+            call()
+    assert not (tmp_path / "saved").exists()
+    if change != "LoRA on lm_head":
+        torch.testing.assert_close(from_huggingface(lm, 3)(tokens), lm(input_ids=tokens).logits)
+
+
+def test_what_is_changed_within_the_parts_counts(make_batch: Make) -> None:
+    """Weights that are set, tied again or given an adapter inside a layer; and a copy has its own parts."""
+    lm = make_lm("Llama")
+    model = from_huggingface(lm, 3)
+    tokens, _ = make_batch(3)
+    lm.lm_head.weight = nn.Parameter(torch.randn(VOCAB_SIZE, 16).double())
+    torch.testing.assert_close(model(tokens), lm(input_ids=tokens).logits)
+    lm.lm_head.weight = lm.model.embed_tokens.weight
+    torch.testing.assert_close(model(tokens), lm(input_ids=tokens).logits)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), lm)
+    torch.testing.assert_close(model(tokens), lm.eval()(input_ids=tokens).logits)
+    torch.testing.assert_close(copy.deepcopy(model)(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ids_out_of_range_are_named(schedule: str, make_batch: Make) -> None:
+    model = from_huggingface(make_lm("Llama"), 3)
+    for id_ in (VOCAB_SIZE, VOCAB_SIZE + 7, -1, -100):
+        tokens, labels = make_batch(3)
+        tokens[1, 4] = id_
+        with pytest.raises(ValueError, match=rf"tokens must be in \[0, {VOCAB_SIZE}\), got values from"):
+            model(tokens, labels, schedule=schedule)
+        with pytest.raises(ValueError, match=rf"tokens must be in \[0, {VOCAB_SIZE}\)"):
+            model(tokens)
+        tokens, labels = make_batch(3)
+        labels[1, 13] = id_
+        if id_ == -100:
+            assert model(tokens, labels, schedule=schedule).loss.isfinite()
+            continue
+        with pytest.raises(ValueError, match=rf"targets must be in \[0, {VOCAB_SIZE}\) or equal to ignore_index=-100"):
+            model(tokens, labels, schedule=schedule)
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

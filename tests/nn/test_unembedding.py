@@ -132,3 +132,22 @@ def test_models_of_the_package_pass(make_model: Any, make_batch: Any) -> None:
     model: MTPModel = make_model(2, tie_embeddings=True)
     tokens, labels = make_batch(2)
     assert model(tokens, labels).loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", ["composed", "own", "tied"])
+def test_a_module_that_heads_read_cannot_be_replaced(kind: str, make_model: Any, make_batch: Any) -> None:
+    """The heads would go on reading the old one; its weight can be."""
+    model = model_with(nn.Linear(WIDTH, VOCAB)) if kind == "composed" else make_model(N, tie_embeddings=kind == "tied")
+    width = model.unembed.weight.shape[1]
+    for name in ("unembed",) if kind == "composed" else ("unembed", "embed"):
+        old = getattr(model, name)
+        for new in (nn.Linear(width, VOCAB + 3).double(), nn.Embedding(VOCAB, width), Adapter(width, VOCAB), None):
+            with pytest.raises(ValueError, match=f"{name} must stay the module that the model was built with"):
+                setattr(model, name, new)
+        setattr(model, name, old)
+    model.unembed.weight = nn.Parameter(2 * model.unembed.weight.detach())
+    if kind != "tied":
+        tokens = torch.zeros(1, 3, dtype=torch.int64)
+        torch.testing.assert_close(
+            model(tokens), model.unembed(model.heads.run(1, model.trunk(tokens), model.prepare(tokens, None))[1])
+        )

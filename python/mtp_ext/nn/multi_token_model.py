@@ -39,6 +39,15 @@ class MultiTokenModel(nn.Module):
         self.unembed, self.trunk, self.heads = unembed, trunk, heads
         self.register_state_dict_post_hook(_copy_shared)  # type: ignore[no-untyped-call]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        present = self.__dict__.get("_modules", {})
+        if name in ("embed", "unembed") and "heads" in present and value is not present.get(name):
+            raise ValueError(
+                f"{name} must stay the module that the model was built with, because trunk and heads read it too: "
+                f"change {name}.weight, or build the model again from its parts"
+            )
+        super().__setattr__(name, value)
+
     def prepare(self, tokens: Tensor, document_ids: Tensor | None) -> Any:
         """Checks the inputs of a forward and returns the context shared by trunk and heads."""
         raise NotImplementedError

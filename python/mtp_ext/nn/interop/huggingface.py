@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mtp_ext.nn.composed import ComposedModel
 from mtp_ext.nn.heads.head import Head
 from mtp_ext.nn.heads.unembedding import check_linear_map
 from mtp_ext.nn.interop.add_heads import INITS
-from mtp_ext.nn.transformer.checks import is_watched
+from mtp_ext.nn.transformer.checks import check_token_range, is_watched
 from mtp_ext.nn.variants import TRANSFORMER, VARIANTS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 SUPPORTED = ("parallel", "linear", "causal", "anticausal", "shared")
-HEADS_FILE, DESCRIPTION_FILE = "mtp_heads.safetensors", "mtp_heads.json"
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,7 @@ class HuggingFaceTrunk(nn.Module):
     def __init__(self, model: Any, n_layers: int) -> None:
         super().__init__()
         self._borrowed = (model,)  # in a tuple, so that its parameters are not registered twice
+        self._taken = _parts(model)
         base = copy.copy(model.model)
         base._modules = dict(base._modules)  # own dict, so that the given model keeps its last layer and norm
         base.layers = nn.ModuleList(list(base.layers)[:n_layers])
@@ -62,13 +59,23 @@ class HuggingFaceTrunk(nn.Module):
         """The given model."""
         return self._borrowed[0]
 
+    def check_parts(self) -> None:
+        """Raises ValueError if the given model no longer runs the modules that trunk and head 1 share with it."""
+        if _parts(self.language_model) != self._taken:
+            raise ValueError(
+                "the language model must keep its embedding, layers, norm and lm_head after from_huggingface, but one "
+                "was replaced (resize_token_embeddings, LoRA): replace it first, then call from_huggingface again"
+            )
+
     def context(self, tokens: Tensor, document_ids: Tensor | None) -> Visibility:
-        """Builds positions and masks.
+        """Checks the inputs of a forward and builds positions and masks.
 
         Args:
             tokens: ``[B, S]``.
             document_ids: ``[B, S]``: attention stays within tokens of one id.
         """
+        self.check_parts()
+        check_token_range(tokens, self.base.embed_tokens.num_embeddings)
         config, seq_len = self.base.config, tokens.shape[1]
         position_ids = torch.arange(seq_len, device=tokens.device)[None]
         window = getattr(config, "sliding_window", None)
@@ -171,48 +178,6 @@ def from_huggingface(
     return ComposedModel(trunk, heads, model.lm_head, variant=variant, softcap=softcap)
 
 
-def save_huggingface(model: ComposedModel, directory: Path | str) -> None:
-    """Saves the language model with its ``save_pretrained``, and the new heads beside it."""
-    directory = Path(directory)
-    language_model = _trunk(model).language_model
-    language_model.save_pretrained(directory)
-    own = {id(p) for p in language_model.parameters()}
-    new = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if id(p) not in own}
-    save_file(new, directory / HEADS_FILE)
-    description = {"variant": model.variant, "n_future": model.heads.n_heads}
-    (directory / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-
-
-def load_huggingface(directory: Path | str, **keywords: Any) -> ComposedModel:
-    """Loads a model saved by :func:`save_huggingface`.
-
-    Args:
-        directory: The directory.
-        keywords: For ``AutoModelForCausalLM.from_pretrained``, such as ``dtype`` and ``attn_implementation``.
-    Raises:
-        ImportError: transformers is not installed.
-        ValueError: A file is missing, or a head's weight is missing or unexpected.
-    """
-    directory = Path(directory)
-    try:
-        description = json.loads((directory / DESCRIPTION_FILE).read_text(encoding="utf-8"))
-        new = load_file(directory / HEADS_FILE)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"directory: {directory} holds no heads ({error})") from None
-    language_model = _transformers().AutoModelForCausalLM.from_pretrained(directory, **keywords)
-    with torch.random.fork_rng(devices=[]):
-        model = from_huggingface(language_model, description["n_future"], description["variant"])
-    own = {id(p) for p in language_model.parameters()}
-    wanted = {name: p for name, p in model.named_parameters() if id(p) not in own}
-    if wanted.keys() != new.keys():
-        odd = sorted(wanted.keys() ^ new.keys())[0]
-        raise ValueError(f"directory: {directory / HEADS_FILE} has a missing or unexpected weight {odd!r}")
-    with torch.no_grad():
-        for name, p in wanted.items():
-            p.copy_(new[name])
-    return model
-
-
 def _make_head(model: Any, k: int, variant: str, init: str) -> Head:
     """Makes head ``k``: head 1 is the model's own; the others are copies of it, or new."""
     config, base, own = model.config, model.model, k == 1
@@ -262,14 +227,20 @@ def _kind(config: Any, layer: int) -> str:
     return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
 
 
-def _trunk(model: ComposedModel) -> HuggingFaceTrunk:
+def _parts(model: Any) -> tuple[nn.Module, ...]:
+    """Returns the modules of a language model that trunk and head 1 take."""
+    return (model.lm_head, model.model.embed_tokens, model.model.norm, *model.model.layers)
+
+
+def trunk_of(model: ComposedModel) -> HuggingFaceTrunk:
+    """Returns the trunk of a model from :func:`from_huggingface`; raises TypeError for another."""
     if not isinstance(model.trunk, HuggingFaceTrunk):
         raise TypeError(f"model must come from from_huggingface, got a trunk of type {type(model.trunk).__name__}")
     return model.trunk
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, _transformers().PreTrainedModel):
+    if not isinstance(model, transformers().PreTrainedModel):
         raise TypeError(f"model must be a causal language model of transformers, got {type(model).__name__}")
     family = model.config.model_type
     if family not in FAMILIES or not hasattr(model, "lm_head"):
@@ -285,7 +256,8 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _transformers() -> Any:
+def transformers() -> Any:
+    """Imports transformers; raises ImportError that says how to install it."""
     try:
         return importlib.import_module("transformers")
     except ImportError as error:

@@ -10,7 +10,9 @@ from torch import Tensor
 from mtp_ext.nn.schedules.head_stack import HeadStack, head_outputs
 from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops import reference
+from mtp_ext.ops.common.checks import check_targets_in_range
 from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 
 
 def autograd_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:
@@ -19,6 +21,8 @@ def autograd_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any
     Heads that do not run are replaced by zeros and masked out of the results.
     """
     call = targets.of_hidden(hidden)
+    invalid = select_rows(prepared(call), heads.vocab_size).first_invalid
+    check_targets_in_range(call.labels, invalid, heads.vocab_size, call.ignore_index)
     outputs = head_outputs(heads, hidden, context, targets.active, targets.detach_heads)
     nothing = hidden.detach().new_zeros(()).expand_as(hidden)
     ran = [outputs.get(k, nothing) for k in range(1, heads.n_heads + 1)]

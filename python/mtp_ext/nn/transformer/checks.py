@@ -17,10 +17,15 @@ def check_tokens(tokens: Tensor, config: MTPConfig, *, past: int = 0) -> None:
     if past + tokens.shape[1] > config.max_seq_len:
         before = f" after {past} cached ones" if past else ""
         raise ValueError(f"tokens must be at most max_seq_len={config.max_seq_len} long, got {tokens.shape[1]}{before}")
+    check_token_range(tokens, config.vocab_size)
+
+
+def check_token_range(tokens: Tensor, vocab_size: int) -> None:
+    """Raises ValueError for a token id outside ``[0, V)``."""
     if can_read(tokens) and tokens.numel() > 0:
         low, high = (int(x) for x in tokens.aminmax())
-        if low < 0 or high >= config.vocab_size:
-            raise ValueError(f"tokens must be in [0, {config.vocab_size}), got values from {low} to {high}")
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"tokens must be in [0, {vocab_size}), got values from {low} to {high}")
 
 
 def check_document_ids(document_ids: Tensor, tokens: Tensor) -> None:

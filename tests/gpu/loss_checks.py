@@ -116,6 +116,30 @@ def a_target_that_is_no_class_makes_the_loss_nan(device: torch.device) -> None:
 
 
 @check(small=True)
+def a_wrong_normalizer_makes_the_loss_nan(device: torch.device) -> None:
+    hidden, weight = torch.randn(1, 2, 8, 16, device=device), torch.randn(50, 16, device=device)
+    labels = torch.randint(50, (2, 9), device=device)
+    for wrong in (0.0, -1.0, float("inf")):
+        normalizer = torch.tensor(wrong, device=device)
+        assert mtp_ext.multi_token_cross_entropy(hidden, weight, labels, normalizer=normalizer).loss.isnan().item()
+
+
+@check(small=True)
+def float16_gradients_behind_a_large_normalizer_do_not_underflow(device: torch.device) -> None:
+    hidden, weight = torch.randn(2, 8, 64, 32).half(), (0.1 * torch.randn(500, 32)).half()
+    labels = torch.randint(500, (8, 66))
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    loss = mtp_ext.multi_token_cross_entropy(*exact, labels, normalizer=1e6).loss
+    expected = torch.autograd.grad(2.0**20 * loss, exact)
+    for normalizer in (1e6, torch.tensor(1e6, device=device)):
+        made = [x.to(device).requires_grad_() for x in (hidden, weight)]
+        loss = mtp_ext.multi_token_cross_entropy(*made, labels.to(device), normalizer=normalizer).loss
+        found = torch.autograd.grad(2.0**20 * loss, made)
+        for a, b in zip(found, expected, strict=True):
+            assert (a.cpu().double() - b).norm() <= 2**-10 * b.norm()
+
+
+@check(small=True)
 def nan_in_an_ignored_row_changes_nothing(device: torch.device) -> None:
     hidden, weight = torch.randn(64, 16, device=device), torch.randn(50, 16, device=device)
     targets = torch.randint(50, (64,), device=device)

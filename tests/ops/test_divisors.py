@@ -1,10 +1,10 @@
-"""The divisors of means: normalizers that are none, weights without a sum."""
+"""The divisors of means: normalizers that are none, weights without a sum, float16 gradients behind large ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -134,3 +134,42 @@ def test_weights_that_cancel_give_nan(device: AbstractContextManager[None], name
     assert grad[0].isnan().any() and grad[1].isfinite().all() and total.loss.isfinite()
     expected = reference.multi_token_cross_entropy(hidden, weight, labels, **arguments)
     torch.testing.assert_close(mean.head_loss, expected.head_loss, equal_nan=True)
+
+
+SMALL_WEIGHTS: dict[str, dict[str, Any]] = {
+    "a mean": {},
+    "a number": {"normalizer": 1e6},
+    "a large number": {"normalizer": 1e8},
+    "a tensor": {"normalizer": torch.tensor(1e6)},
+    "an integer tensor": {"normalizer": torch.tensor(3_000_000), "head_weights": [1.0, 0.1]},
+    "token weights": {"reduction": "sum", "token_weights": 1e-6 * torch.rand(8, 66)},
+    "both": {"normalizer": torch.tensor(100.0), "token_weights": 1e-5 * torch.rand(8, 66)},
+}
+
+
+@pytest.mark.parametrize("name", SMALL_WEIGHTS)
+def test_float16_gradients_do_not_underflow(name: str) -> None:
+    """Of logits that a GPU holds in float16; p / 10^6 is below its smallest number where p < 3 %."""
+    inputs = torch.randn(2, 8, 64, 32).half(), (0.1 * torch.randn(500, 32)).half()
+    labels, options, found = torch.randint(500, (8, 66)), SMALL_WEIGHTS[name], []
+    for function, dtype in ((reference.multi_token_cross_entropy, torch.float64), (multi_token_cross_entropy, None)):
+        made = [x.to(dtype or x.dtype).requires_grad_() for x in inputs]
+        with nullcontext() if dtype else pretend_cuda():
+            loss = function(*made, labels, **options).loss
+            found.append(torch.autograd.grad(2.0**20 * loss, made))
+    for expected, ours in zip(*found, strict=True):
+        assert (ours.double() - expected).norm() <= 2**-11 * expected.norm()
+
+
+def test_a_float16_gradient_buffer_and_no_rows() -> None:
+    weight, buffer = torch.randn(V, D).half().requires_grad_(), torch.zeros(V, D)
+    hidden, normalizer = torch.randn(1, B, S, D).half(), torch.tensor(1e6)
+    labels = torch.randint(V, (B, S + 1))
+    with pretend_cuda():
+        multi_token_cross_entropy(hidden, weight, labels, normalizer=normalizer, grad_weight_out=buffer).loss.backward()
+        loss = multi_token_cross_entropy(hidden[:, :0], weight, labels[:0], normalizer=normalizer).loss
+        (nothing,) = torch.autograd.grad(loss, weight)
+    exact = weight.detach().double().requires_grad_()
+    reference.multi_token_cross_entropy(hidden.double(), exact, labels, normalizer=1e6).loss.backward()
+    assert exact.grad is not None and (buffer - exact.grad).norm() <= 2e-3 * exact.grad.norm()
+    assert loss == 0 and not nothing.any()

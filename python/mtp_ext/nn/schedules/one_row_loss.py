@@ -53,9 +53,13 @@ class OneRowLoss:
 
     @staticmethod
     def takes(call: LossCall) -> bool:
-        """Returns True if each target's loss is ``lse - z[target]`` of (capped) logits, without token weights."""
+        """Returns True if each target's loss is ``lse - z[target]`` of (capped) logits, without token weights.
+
+        False for float16 logits: incoming gradients of the log-sum-exp as small as ``1 / n_valid`` would underflow.
+        """
         plain = call.options == RowOptions(softcap=call.options.softcap)
-        return plain and call.token_weights is None and call.bias is None
+        in_float16 = backend_of(call.labels.device).logits_dtype(call.compute_dtype) == torch.float16
+        return plain and call.token_weights is None and call.bias is None and not in_float16
 
     def _of_lse(self) -> LossCall:
         """Returns a call with loss 0 and incoming gradient ``sum_k a_k`` of the log-sum-exp."""

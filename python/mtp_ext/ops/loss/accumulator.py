@@ -99,12 +99,16 @@ class HeadLossAccumulator:
                 grad[k].zero_()
         elif grad is not None and not self._sums.accumulate:
             grad.zero_()
-        return grad
+        return self._unscaled(grad)
 
     @property
     def grad_bias(self) -> Tensor | None:
         """The gradient of the bias, ``[V]``, likewise."""
-        return self._sums.bias
+        return self._unscaled(self._sums.bias)
+
+    def _unscaled(self, grad: Tensor | None) -> Tensor | None:
+        factor = self._heads.gradient_unscale
+        return grad if grad is None or factor is None else grad * factor
 
     def _run(self, heads: range, hidden: Sequence[Tensor]) -> Sequence[Tensor | None]:
         sums, replicated = self._sums, self._replicated

@@ -15,6 +15,7 @@ from mtp_ext.ops.loss.row_selection import RowSelection
 from mtp_ext.ops.loss.vocabulary_shard import VocabularyShard
 
 LARGEST_FLOAT16_SCALE = 4096.0
+SMALLEST_ROW_WEIGHT = 2.0**-100  # a float32 whose inverse is one, too
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class HeadTerms:
     excess: Tensor | None  # [n], NaN for a head with more targets than max_valid, else 0
     scales: RowScales  # scales of the rows' gradients
     gradient_scale: float  # a factor in scales, divided out of the products with the gradient
+    gradient_unscale: Tensor | None  # 0-d, what their sums still have to be multiplied by
 
     @staticmethod
     def of(
@@ -42,9 +44,10 @@ class HeadTerms:
         excess = _nan_in_excess(call, n_valid)
         scale = head_weights(call) / divisors
         scale = scale if excess is None else scale + excess
-        factor = _gradient_scale(call, shard)
+        factor = _gradient_scale(call, scale, row_weights, shard)
         scales = _row_scales(call, scale * factor, vocab_size, shard)
-        return HeadTerms(divisors, row_weights, excess, scales, factor)
+        host, device = (1.0, 1 / factor) if isinstance(factor, Tensor) else (factor, None)
+        return HeadTerms(divisors, row_weights, excess, scales, gradient_scale=host, gradient_unscale=device)
 
     def weighted(self, losses: Tensor) -> Tensor:
         """Multiplies the flat rows' losses ``[n * B * S]`` by their token weights; 0 at rows without a target."""
@@ -87,11 +90,27 @@ def float16_scale(rows_per_head: int) -> float:
     return scale
 
 
-def _gradient_scale(call: LossCall, shard: VocabularyShard | None) -> float:
+def _gradient_scale(
+    call: LossCall, heads: Tensor, row_weights: Tensor | None, shard: VocabularyShard | None
+) -> float | Tensor:
+    """Returns what brings float16 gradients of the logits into range: a 0-d tensor if only the device knows.
+
+    Args:
+        heads: ``[n]``, the weight of each head's rows.
+        row_weights: ``[n * B * S]``, another factor of it.
+    """
+    in_float16 = backend_of(heads.device).logits_dtype(call.compute_dtype) == torch.float16
     # Incoming row gradients have their own scale; a shard's logits are float32.
-    is_mean = call.divisor is None and call.row_scale is None and call.lse_grad is None and shard is None
-    in_float16 = backend_of(call.labels.device).logits_dtype(call.compute_dtype) == torch.float16
-    return float16_scale(call.rows_per_head) if is_mean and in_float16 else 1.0
+    if not in_float16 or call.row_scale is not None or call.lse_grad is not None or shard is not None:
+        return 1.0
+    if call.divisor is None:
+        return float16_scale(call.rows_per_head)
+    if row_weights is None and not isinstance(call.divisor, Tensor):
+        return call.divisor
+    largest = heads.abs().amax()
+    if row_weights is not None and len(row_weights):
+        largest = largest * row_weights.abs().amax()
+    return 1 / largest.clamp(min=SMALLEST_ROW_WEIGHT)
 
 
 def _row_scales(call: LossCall, heads: Tensor, vocab_size: int, shard: VocabularyShard | None) -> RowScales:

@@ -110,6 +110,8 @@ class NativeHeads:
     """The loss of the rows of ``n`` heads in native calls, with the interface of
     :class:`mtp_ext.ops.loss.row_loop.RowLoop`."""
 
+    gradient_unscale: Tensor | None = None
+
     def __init__(self, call: LossCall, weight: Tensor, needs: Needs) -> None:
         self.call, self.weight, self.needs = prepared(call), weight.detach(), needs
         selected = select_rows(self.call, weight.shape[-2])

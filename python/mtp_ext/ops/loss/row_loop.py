@@ -74,6 +74,11 @@ class RowLoop:
         """The divisor of each head's sum, ``[n]``."""
         return self.terms.divisors
 
+    @property
+    def gradient_unscale(self) -> Tensor | None:
+        """A 0-d factor that the sums of :meth:`run` lack."""
+        return self.terms.gradient_unscale
+
     def row_tables(self) -> RowTables:
         """Returns the tables of the heads run so far, ``[n, B, S]``; losses include their token weights."""
         losses = self.terms.weighted(self._tables.loss.flatten())
@@ -109,6 +114,9 @@ class RowLoop:
                 grad_weight.zero_()
         if sums.weight is not None and self.weight.dim() == 2 and not written:
             sums.weight.zero_()
+        if self.gradient_unscale is not None:
+            for grad in grads:
+                grad.mul_(self.gradient_unscale)
         return grads
 
     def _rows_of_heads(self, n_heads: int, given: Sequence[Tensor]) -> list[Tensor]:

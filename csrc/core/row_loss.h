@@ -76,19 +76,17 @@ MTP_HD BasicRowLoss<real_t> finish_row(const BasicRowStatistics<real_t>& row, co
   const real_t lse = row.max + log_sum;
   const real_t hard = (1 - smoothing) * row.target_class_weight;
   real_t loss = hard * nll + z_loss * lse * lse;
-  real_t rest = 2 * z_loss * lse;  // coefficient of p without the hard target's
-  real_t uniform = 0;
+  real_t uniform = 0, class_weight_sum = 0;
   if (smoothing > 0) {
-    const auto class_weight_sum = static_cast<real_t>(opt.class_weight_sum);
     const real_t share = smoothing / static_cast<real_t>(opt.vocab_size);
+    class_weight_sum = static_cast<real_t>(opt.class_weight_sum);
     loss += share * (class_weight_sum * lse - row.weighted_sum);
-    rest += share * class_weight_sum;
     uniform = weight * share;
   }
-  const real_t soft = weight * rest + lse_grad;
-  const real_t p_minus_one = -row.sum_others / sum;
-  return {loss, lse, (weight * hard + soft) / sum, uniform,
-          weight * hard * p_minus_one + soft * (target_exp / sum) - uniform * row.target_class_weight};
+  const real_t of_lse = 2 * weight * z_loss * lse + lse_grad;
+  const real_t p = target_exp / sum, p_minus_one = -row.sum_others / sum;
+  return {loss, lse, (weight * hard + of_lse + uniform * class_weight_sum) / sum, uniform,
+          weight * hard * p_minus_one + of_lse * p + uniform * (class_weight_sum * p - row.target_class_weight)};
 }
 
 }  // namespace mtp

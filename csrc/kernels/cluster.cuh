@@ -11,6 +11,8 @@ namespace mtp {
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ unsigned cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 template <typename T>
 __device__ __forceinline__ const T* shared_of_rank(T* address, unsigned) {
   return address;
@@ -21,6 +23,22 @@ __device__ __forceinline__ const T* shared_of_rank(T* address, unsigned) {
 __device__ __forceinline__ unsigned cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
 __device__ __forceinline__ unsigned cluster_size() { return cooperative_groups::this_cluster().num_blocks(); }
 __device__ __forceinline__ void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+// The two halves of a barrier that publishes nothing, only that every thread has arrived: without the fence of
+// cluster_sync, which waits for all stores before it.
+__device__ __forceinline__ void cluster_arrive() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+#else
+  cooperative_groups::this_cluster().barrier_arrive();
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#else
+  cooperative_groups::this_cluster().barrier_wait();
+#endif
+}
 // The same variable in another block's shared memory; that block must not exit before the read.
 template <typename T>
 __device__ __forceinline__ const T* shared_of_rank(T* address, unsigned rank) {

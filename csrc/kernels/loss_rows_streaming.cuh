@@ -7,56 +7,71 @@
 
 namespace mtp {
 
+constexpr int kStreamingThreads = 512;
+constexpr int kStreamingWarps = kStreamingThreads / kWarp;
+
 struct alignas(kVectorBytes) StreamingRowScratch {
-  RowPart warp_parts[kLossWarps];
+  RowPart warp_parts[kStreamingWarps];
   RowTarget target;
   RowGradient gradient;
 };
 
-// Online softmax over this thread's vectors of the row: the sum is rescaled to the running maximum.
-template <typename scalar_t, Logits kLogits>
-__device__ __forceinline__ RowPart scan_row(const LogitRow<scalar_t, kLogits>& row, int column, bool smoothed) {
-  constexpr int kWidth = kVectorWidth<scalar_t>;
-  [[maybe_unused]] constexpr int kUnroll = kLogits == Logits::kPlain ? 2 : 1;
+// Returns the block's part to every thread.
+__device__ __forceinline__ RowPart merge_block(RowPart part, RowPart* warp_parts) {
+  part = merge_lanes<kWarp>(part);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  if (lane == 0) warp_parts[warp] = part;
+  __syncthreads();
+  return merge_lanes<kStreamingWarps>(warp_parts[lane % kStreamingWarps]);
+}
+
+// Online softmax over this thread's vectors of the row: the sum is rescaled to the running maximum. The part's position
+// is a vector.
+template <typename Row>
+__device__ __forceinline__ RowPart scan_row(const Row& row, const Slice& slice, int column) {
   const int target_vector = column < 0 ? -1 : row.memory.vector_of(column);
   RowPart part;
-#pragma unroll kUnroll
-  for (int i = static_cast<int>(threadIdx.x); i < row.memory.count(); i += kLossThreads) {
-    float l[kWidth];
-    row.logits(row.load(i), i, l);
-    const float max = max_of(l);
-    if (max > part.max) {
-      part.sum *= exp_shifted(part.max, max);
-      part.max = max;
+  float largest = -INFINITY, high = 0.0f;
+  const auto add = [&](int i, auto whole) {
+    constexpr bool kWhole = decltype(whole)::value;
+    float u[Row::kWidth];
+    row.template load_u<kWhole>(row.memory.load(i), i, u);
+    const float max = max_of(u);
+    // The target's vector comes last, whatever its place.
+    const bool first = !kWhole && max == largest && i < part.position;
+    if (max > largest || part.position == kNowhere || first) {
+      largest = max;
+      part.max = row.logit(max);
+      const float new_high = row.shift(part.max).high;
+      if (part.sum != 0.0f) part.sum *= exp2_approx(high - new_high);
+      high = new_high;
       part.position = i;
     }
-    if constexpr (kLogits == Logits::kGeneral) {
-      if (smoothed) part.weighted_sum += row.weighted_sum(l, i);
-    }
-    if (i == target_vector) {
-      const int target = column - row.memory.first_column(i);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j)
-        if (j == target) l[j] = -INFINITY;
-    }
-    part.sum += sum_exp(l, part.max == -INFINITY ? 0.0f : part.max);
-  }
+    row.template add_terms_of<kWhole>(u, i, high, column, &part);
+  };
+  slice.for_own<kStreamingThreads, Row::kScaled ? 2 : 1>([&](int i, auto whole) {
+    if (i != target_vector) add(i, whole);
+  });
+  if (slice.owns<kStreamingThreads>(target_vector)) add(target_vector, std::false_type{});
+  part.sum *= row.shift(part.max).correction;
   return part;
 }
 
 template <typename scalar_t, Logits kLogits>
-__global__ void __launch_bounds__(kLossThreads, 2)
-    loss_rows_streaming_kernel(const __grid_constant__ LossRowsParams<float> p, const int64_t num_rows) {
-  [[maybe_unused]] constexpr int kUnroll = kLogits == Logits::kPlain ? 4 : 1;
+__global__ void __launch_bounds__(kStreamingThreads, 2)
+    loss_rows_streaming_kernel(const __grid_constant__ LossRowsParams<float> p, const __grid_constant__ LogitMap map,
+                               const int64_t num_rows) {
+  using Row = LogitRow<scalar_t, kLogits>;
   StreamingRowScratch& scratch = *dynamic_shared_memory<StreamingRowScratch>();
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t r = num_rows - 1 - static_cast<int64_t>(blockIdx.x);
   const int64_t flat_row = p.rows[r];
-  const LogitRow<scalar_t, kLogits> row(p, r);
+  const Row row(p, map, r);
+  const Slice slice(row.memory, 0, 1);
   const bool writes = p.writes_gradient();
   if (flat_row < 0) {
     if (writes)
-      for (int i = thread; i < row.memory.count(); i += kLossThreads) row.write_zeros(i);
+      for (int i = thread; i < slice.end; i += kStreamingThreads) row.write_zeros(i);
     return;
   }
   if (thread == 0) scratch.target = find_target(p, flat_row);
@@ -73,13 +88,16 @@ __global__ void __launch_bounds__(kLossThreads, 2)
       argmax = static_cast<int64_t>(combined[5]);
     }
   } else {
-    RowPart part = scan_row(row, column, p.options.label_smoothing > 0.0);
-    part = merge_block(part, scratch.warp_parts);
+    const RowPart part = merge_block(scan_row(row, slice, column), scratch.warp_parts);
     if (thread == 0) {
       const RowTarget& target = scratch.target;
-      const float target_logit = column < 0 ? target.logit : row.logit(to_float(row.memory.at(column)), column);
+      const float target_logit = column < 0 ? target.logit : row.logit_at(to_float(row.memory.at(column)), column);
       statistics = {part.max, part.sum, target_logit, target.class_weight, part.weighted_sum, 0.0f};
-      argmax += row.first_of_largest(part.position);
+      float found = -INFINITY;
+      int position = 0;
+      if (part.position != kNowhere)
+        row.template find_largest<false>(row.memory.load(part.position), part.position, &found, &position);
+      argmax += position;
     }
   }
   if (p.stage == Stage::kStatistics) {
@@ -89,14 +107,15 @@ __global__ void __launch_bounds__(kLossThreads, 2)
                                                            statistics.weighted_sum, static_cast<double>(argmax)};
     return;
   }
-  if (thread == 0) scratch.gradient = finish<kLogits>(p, flat_row, scratch.target, statistics, argmax, true);
+  if (thread == 0) scratch.gradient = finish(p, map, row, flat_row, scratch.target, statistics, argmax, true);
   if (!writes) return;
   __syncthreads();
   const RowGradient gradient = scratch.gradient;
-#pragma unroll kUnroll
-  for (int i = thread; i < row.memory.count(); i += kLossThreads) row.write_gradient(row.load(i), i, gradient);
-  if (column >= 0 && row.memory.vector_of(column) % kLossThreads == thread)
-    from_float(gradient.target_grad, &row.memory.at(column));
+  const bool owns_target = column >= 0 && slice.owns<kStreamingThreads>(row.memory.vector_of(column));
+  const float target_slope = owns_target ? row.slope_at(to_float(row.memory.at(column)), column) : 1.0f;
+  slice.for_own<kStreamingThreads, Row::kScaled ? 4 : 1>(
+      [&](int i, auto whole) { row.template write_gradient<decltype(whole)::value>(row.memory.load(i), i, gradient); });
+  if (owns_target) from_float(gradient.target_grad * target_slope, &row.memory.at(column));
 }
 
 }  // namespace mtp

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 namespace mtp {
 
@@ -24,6 +25,17 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return result;
 #else
   return exp2f(x);
+#endif
+}
+
+// 1 / x with relative error 2^-23; 0 for infinity.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
 #endif
 }
 
@@ -69,6 +81,28 @@ __device__ __forceinline__ unsigned pack_pair<__nv_bfloat16>(float x, float y) {
 template <>
 __device__ __forceinline__ unsigned pack_pair<__half>(float x, float y) {
   return bit_cast<unsigned>(__floats2half2_rn(x, y));
+}
+
+// The larger element of each of a word's halves, or of two float32 words; like fmaxf, it ignores NaN.
+template <typename scalar_t>
+__device__ __forceinline__ unsigned max_word(unsigned a, unsigned b) {
+  if constexpr (sizeof(scalar_t) == 4) {
+    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+  } else if constexpr (std::is_same_v<scalar_t, __half>) {
+    return bit_cast<unsigned>(__hmax2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+  } else {
+    return bit_cast<unsigned>(__hmax2(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
+  }
+}
+
+template <typename scalar_t>
+__device__ __forceinline__ float largest_of_word(unsigned word) {
+  if constexpr (sizeof(scalar_t) == 4) {
+    return __uint_as_float(word);
+  } else {
+    const float2 pair = unpack_pair<scalar_t>(word);
+    return fmaxf(pair.x, pair.y);
+  }
 }
 
 template <typename scalar_t>

@@ -13,6 +13,9 @@ struct Sum {
     return a + b;
   }
 };
+struct Maximum {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }  // ignores NaN
+};
 struct Minimum {
   template <typename T>
   __device__ __forceinline__ T operator()(T a, T b) const {

@@ -7,10 +7,15 @@
 
 namespace mtp {
 
-// x itself, or a copy if it is not aligned to 16 bytes (a view into a flat buffer may not be).
+constexpr std::int64_t kAlignment = 16;
+
+inline bool is_aligned(const torch::stable::Tensor& x) {
+  return reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % kAlignment == 0;
+}
+
+// x itself, or a copy if it is not aligned (a view into a flat buffer may not be).
 inline torch::stable::Tensor aligned(const torch::stable::Tensor& x) {
-  constexpr std::uintptr_t kBytes = 16;
-  return reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % kBytes == 0 ? x : torch::stable::clone(x);
+  return is_aligned(x) ? x : torch::stable::clone(x);
 }
 
 }  // namespace mtp

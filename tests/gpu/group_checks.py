@@ -29,9 +29,14 @@ def call_of(logits: Tensor, options: RowOptions) -> LossCall:
     return LossCall(labels, len(logits), 1, 0, torch.float32, options)
 
 
+def padded(logits: Tensor) -> Tensor:
+    """A copy whose rows start at multiples of 16 bytes, as kernels need them."""
+    return torch.nn.functional.pad(logits, (0, -logits.shape[1] % 8))[:, : logits.shape[1]]
+
+
 def whole_rows(logits: Tensor, call: LossCall) -> tuple[Tensor, RowTables]:
     """The gradient of logits ``[R, V]``, and the tables."""
-    rows, grad = torch.arange(len(logits), device=logits.device), logits.clone()
+    rows, grad = torch.arange(len(logits), device=logits.device), padded(logits)
     tables = RowTables.zeros(1, 1, len(rows), dtype=torch.float32, device=logits.device)
     loss_rows_(grad, rows, call, scales_of(call), tables, write_gradient=True)
     return grad, tables
@@ -48,7 +53,7 @@ def sharded_rows(logits: Tensor, call: LossCall, sizes: list[int]) -> tuple[Tens
     n_rows, device, scales = len(logits), logits.device, scales_of(call)
     rows = torch.arange(n_rows, device=device)
     tables = RowTables.zeros(1, 1, n_rows, dtype=torch.float32, device=device)
-    parts = [part.contiguous() for part in logits.split(sizes, 1)]
+    parts = [padded(part) for part in logits.split(sizes, 1)]
     assert call.options.class_weights is not None
     own = [
         replace(call, options=replace(call.options, class_weights=weights.contiguous()))

@@ -97,7 +97,7 @@ struct Problem {
 };
 
 inline std::vector<Options> option_sets() {
-  Options smoothing, everything, capped, affine, weighted;
+  Options smoothing, everything, capped, affine, weighted, scaled, reversed, constant;
   smoothing.smoothing = 0.1, smoothing.z_loss = 1e-3;
   capped.softcap = 5.0;
   affine.scale = 0.5, affine.bias = true;
@@ -105,7 +105,10 @@ inline std::vector<Options> option_sets() {
   everything = weighted;
   everything.smoothing = 0.2, everything.z_loss = 1e-2, everything.softcap = 8.0, everything.scale = 1.5;
   everything.bias = true;
-  return {Options{}, smoothing, capped, affine, weighted, everything};
+  scaled.scale = 2.5, scaled.z_loss = 1e-3;
+  reversed.scale = -0.5;
+  constant.scale = 0;
+  return {Options{}, smoothing, capped, affine, weighted, scaled, reversed, constant, everything};
 }
 
 }  // namespace loss_problem

@@ -34,7 +34,21 @@ mtp_ext_mutant(removed_cluster_barrier FILE loss_rows_cached.cuh TEST loss_rows
   OLD "    if (thread == 0) scratch.block_part = part;\n    cluster_sync();" NEW "    if (thread == 0) scratch.block_part = part;"
   EXPECT "${wrong_result}|emulator: map_shared_rank")
 mtp_ext_mutant(early_exit_of_cluster FILE loss_rows_cached.cuh TEST loss_rows
-  OLD "  if constexpr (kBlocks == Blocks::kCluster) cluster_sync();  // nobody" NEW "  // nobody"
-  EXPECT "emulator: map_shared_rank of a block that has ended|${wrong_result}")
+  OLD "  if constexpr (kBlocks == Blocks::kCluster) cluster_wait();  // nobody" NEW "  // nobody"
+  EXPECT "emulator: a thread ends between the halves of a cluster barrier")
+mtp_ext_mutant(no_barrier_for_the_gradient FILE loss_rows_cached.cuh TEST loss_rows
+  OLD "  __syncthreads();\n  if constexpr" NEW "  if constexpr" EXPECT "${wrong_result}|emulator: map_shared_rank")
+mtp_ext_mutant(wrong_merge FILE loss_rows_parts.cuh TEST loss_rows
+  OLD "rescaled_sum(a, max) + rescaled_sum(b, max)" NEW "a.sum + b.sum" EXPECT "${wrong_result}")
+mtp_ext_mutant(missed_row_end FILE loss_rows_parts.cuh TEST loss_rows
+  OLD "    if (owns_ragged<kThreads>()) visit(whole_end, std::false_type{});" NEW "" EXPECT "${wrong_result}")
+mtp_ext_mutant(missed_padding FILE loss_rows_parts.cuh TEST loss_rows
+  OLD "if (!holds(vector, j)) u[j] = -INFINITY;" NEW "{}" EXPECT "${wrong_result}")
+mtp_ext_mutant(wrong_owner FILE loss_rows_parts.cuh TEST loss_rows
+  OLD "(vector - begin) % kThreads ==" NEW "(vector - begin + 1) % kThreads ==" EXPECT "${wrong_result}")
+mtp_ext_mutant(stale_argmax FILE loss_rows_cached.cuh TEST loss_rows
+  OLD "    scratch.argmax = kNowhere;\n" NEW "" EXPECT "${wrong_result}")
+mtp_ext_mutant(target_not_left_out FILE loss_rows_cached.cuh TEST loss_rows
+  OLD "if (!Row::kScaled && i == target_vector) return;" NEW "" EXPECT "${wrong_result}")
 mtp_ext_mutant(out_of_bounds FILE select_rows.cu TEST select_rows
   OLD "in_head(step) < rows_per_head" NEW "in_head(step) <= rows_per_head" EXPECT "emulator: out-of-bounds access")

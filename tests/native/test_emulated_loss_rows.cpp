@@ -30,16 +30,20 @@ template <typename scalar_t>
 struct OnDevice {
   static std::vector<float> narrow(const std::vector<double>& x) { return {x.begin(), x.end()}; }
 
-  OnDevice(const Problem& p, int64_t stride, size_t offset)
-      : stride(stride),
-        logits(static_cast<size_t>(stride) * (p.rows.size() - 1) + static_cast<size_t>(p.vocab), offset),
+  static constexpr int64_t kWidth = 16 / sizeof(scalar_t);
+  static constexpr size_t kAligned = 16;
+
+  // With so many vectors of padding beyond the end of the last vector of a row.
+  explicit OnDevice(const Problem& p, int64_t padding = 0)
+      : stride(((p.vocab + kWidth - 1) / kWidth + padding) * kWidth),
+        logits(static_cast<size_t>(stride) * p.rows.size(), 0, kAligned),
         rows(p.rows),
         labels(p.labels),
         head_scale(narrow(p.head_scale)),
         row_scale(narrow(p.row_scale)),
         lse_grad(narrow(p.lse_grad)),
-        bias(narrow(p.bias)),
-        class_weights(narrow(p.class_weights)),
+        bias(narrow(p.bias), 0, kAligned),
+        class_weights(narrow(p.class_weights), 0, kAligned),
         token_weights(narrow(p.token_weights)),
         loss(p.rows.size()),
         lse(p.rows.size()),
@@ -83,10 +87,10 @@ struct OnDevice {
 
   scalar_t& at(size_t r, int64_t v) { return logits[r * static_cast<size_t>(stride) + static_cast<size_t>(v)]; }
 
-  // Whether the padding between rows is unchanged.
+  // Whether the padding beyond the rows' last vectors is unchanged.
   bool gaps_untouched(const Problem& p) {
-    for (size_t r = 0; r + 1 < p.rows.size(); ++r)
-      for (int64_t v = p.vocab; v < stride; ++v)
+    for (size_t r = 0; r < p.rows.size(); ++r)
+      for (int64_t v = (p.vocab + kWidth - 1) / kWidth * kWidth; v < stride; ++v)
         if (Element<scalar_t>::load(at(r, v)) != Element<scalar_t>::load(Element<scalar_t>::store(-1234.0)))
           return false;
     return true;
@@ -143,10 +147,10 @@ void choose(Path path, int64_t vocab, unsigned cluster) {
 
 // Cycles through the three thread orders: every path runs in each of them many times.
 template <typename scalar_t>
-void run(const Problem& p, Path path, unsigned cluster, size_t offset = 0, int64_t padding = 0) {
+void run(const Problem& p, Path path, unsigned cluster, int64_t padding = 0) {
   constexpr size_t kStreamingScratch = 400;  // bytes, rounded up; a cache needs more even for one class
   static size_t turn = 0;
-  OnDevice<scalar_t> out(p, p.vocab + padding, offset);
+  OnDevice<scalar_t> out(p, padding);
   choose<scalar_t>(path, p.vocab, cluster);
   emulator::device().order = kOrders[turn++ % std::size(kOrders)];
   CHECK(mtp::launch_loss_rows(out.params, static_cast<int64_t>(p.rows.size()), nullptr) == cudaSuccess);
@@ -159,17 +163,14 @@ void run(const Problem& p, Path path, unsigned cluster, size_t offset = 0, int64
 template <typename scalar_t>
 void run_paths(unsigned* seed) {
   for (const Options& opt : loss_problem::option_sets()) {
-    for (const int64_t vocab : {1, 7, 8, 9, 513, 4099}) {
+    for (const int64_t vocab : {1, 7, 8, 9, 513, 2067, 9001}) {  // blocks of 32, 128 and 512 threads
       const Problem p(vocab, 2, 2, opt, rounded<scalar_t>, ++*seed);
       run<scalar_t>(p, Path::kOneBlock, 1);
       run<scalar_t>(p, Path::kStreaming, 1);
     }
-    // The odd stride makes rows start at every misalignment.
     const Problem odd(1003, 5, 2, opt, rounded<scalar_t>, ++*seed);
-    run<scalar_t>(odd, Path::kOneBlock, 1, 1, 2);
+    run<scalar_t>(odd, Path::kOneBlock, 1, 1);
     run<scalar_t>(odd, Path::kStreaming, 1, 3);
-  }
-  for (const Options& opt : {Options{}, loss_problem::option_sets().back()}) {
     const Problem p(20003, 1, 2, opt, rounded<scalar_t>, ++*seed);
     for (const unsigned cluster : {2u, 4u, 8u}) run<scalar_t>(p, Path::kCluster, cluster, cluster - 1);
   }
@@ -178,25 +179,35 @@ void run_paths(unsigned* seed) {
 // Two shards, combined as by a caller over processes, must equal the whole row.
 template <typename scalar_t>
 void run_sharded(const Problem& p, int64_t split) {
-  OnDevice<scalar_t> whole(p, p.vocab, 0);
+  OnDevice<scalar_t> whole(p);
   const int64_t widths[] = {split, p.vocab - split}, starts[] = {0, split};
   const size_t rows = p.rows.size();
-  std::vector<scalar_t> shards[2];
+  const auto stride_of = [&](int i) { return (widths[i] + whole.kWidth - 1) / whole.kWidth * whole.kWidth; };
+  std::vector<DeviceArray<scalar_t>> shards;
+  std::vector<DeviceArray<float>> biases, class_weights;
   std::vector<double> statistics[2];
   const auto stage = [&](int i, mtp::Stage stage) {
     auto params = whole.params;
     params.stage = stage;
-    params.vocab_size = params.row_stride = widths[i];
+    params.vocab_size = widths[i];
+    params.row_stride = stride_of(i);
     params.vocab_start = starts[i];
-    params.logits = shards[i].data();
+    params.logits = shards[static_cast<size_t>(i)].data();
     params.statistics = statistics[i].data();
-    if (params.bias != nullptr) params.bias += starts[i];
-    if (params.class_weights != nullptr) params.class_weights += starts[i];
+    if (params.bias != nullptr) params.bias = biases[static_cast<size_t>(i)].data();
+    if (params.class_weights != nullptr) params.class_weights = class_weights[static_cast<size_t>(i)].data();
     CHECK(mtp::launch_loss_rows(params, static_cast<int64_t>(rows), nullptr) == cudaSuccess);
   };
   for (int i = 0; i < 2; ++i) {
+    const auto size = static_cast<size_t>(stride_of(i)), own = static_cast<size_t>(widths[i]);
+    shards.emplace_back(rows * size, 0, whole.kAligned);
+    biases.emplace_back(own, 0, whole.kAligned);
+    class_weights.emplace_back(own, 0, whole.kAligned);
+    std::copy_n(whole.bias.begin() + starts[i], own, biases.back().begin());
+    std::copy_n(whole.class_weights.begin() + starts[i], own, class_weights.back().begin());
     for (size_t r = 0; r < rows; ++r)
-      for (int64_t v = 0; v < widths[i]; ++v) shards[i].push_back(whole.at(r, starts[i] + v));
+      for (int64_t v = 0; v < widths[i]; ++v)
+        shards.back()[r * size + static_cast<size_t>(v)] = whole.at(r, starts[i] + v);
     statistics[i].resize(rows * mtp::kRowStatistics);
     stage(i, mtp::Stage::kStatistics);
   }
@@ -213,14 +224,15 @@ void run_sharded(const Problem& p, int64_t split) {
   for (int i = 0; i < 2; ++i) stage(i, mtp::Stage::kGradient);
   compare(p, whole, [&](size_t r, int64_t v) {
     const int i = v < split ? 0 : 1;
-    return Element<scalar_t>::load(shards[i][r * static_cast<size_t>(widths[i]) + static_cast<size_t>(v - starts[i])]);
+    const size_t at = r * static_cast<size_t>(stride_of(i)) + static_cast<size_t>(v - starts[i]);
+    return Element<scalar_t>::load(shards[static_cast<size_t>(i)][at]);
   });
 }
 
 // Rows of -1 are zeroed; nothing else of them is read or written.
 void run_absent_rows(Path path, unsigned cluster) {
   Problem p(2001, 3, 1, Options{}, rounded<__nv_bfloat16>, 5);
-  OnDevice<__nv_bfloat16> out(p, p.vocab, 0);
+  OnDevice<__nv_bfloat16> out(p);
   out.rows[0] = out.rows[2] = -1;
   out.labels[static_cast<size_t>(p.rows[1]) + 1] = 2000;
   for (int64_t v = 0; v < p.vocab; ++v) out.at(0, v) = Element<__nv_bfloat16>::store(NAN);
@@ -246,7 +258,7 @@ OneRow run_one(const std::vector<double>& logits, int64_t target, Path path, uns
   p.logits = logits;
   p.labels = {0, target};
   p.head_scale = {1.0};
-  OnDevice<float> out(p, p.vocab, 0);
+  OnDevice<float> out(p);
   choose<float>(path, p.vocab, cluster);
   CHECK(mtp::launch_loss_rows(out.params, 1, nullptr) == cudaSuccess);
   return {out.loss[0], out.lse[0], out.predicted[0], {out.logits.begin(), out.logits.end()}};
@@ -282,8 +294,18 @@ void run_extremes(Path path, unsigned cluster) {
 
 void run_limits() {
   Problem p(16, 1, 1, Options{}, rounded<float>, 1);
-  OnDevice<float> out(p, 16, 0);
+  OnDevice<float> out(p);
   const int launches = emulator::launch_record().launches;
+  const auto refused = [&](auto change) {
+    auto params = out.params;
+    change(params);
+    return mtp::launch_loss_rows(params, 1, nullptr) == cudaErrorInvalidValue;
+  };
+  CHECK(refused([](auto& params) { params.row_stride = 17; }));
+  CHECK(refused([](auto& params) { params.row_stride = 12, params.vocab_size = 13; }));
+  CHECK(refused([](auto& params) { params.logits = static_cast<float*>(params.logits) + 1; }));
+  CHECK(refused([&](auto& params) { params.bias = out.bias.data() + 1; }));
+  CHECK(refused([&](auto& params) { params.class_weights = out.class_weights.data() + 1; }));
   CHECK(mtp::launch_loss_rows(out.params, 0, nullptr) == cudaSuccess);
   CHECK(mtp::launch_loss_rows(out.params, int64_t{1} << 30, nullptr) == cudaErrorInvalidValue);
   out.params.dtype = mtp::DType::kFloat64;
@@ -291,19 +313,39 @@ void run_limits() {
   CHECK(emulator::launch_record().launches == launches);
 }
 
+// How the launcher splits a row on an H100: warps, blocks and clusters so that three or more share a multiprocessor.
+void run_shapes() {
+  struct Shape {
+    int64_t vocab;
+    unsigned threads, cluster;
+  };
+  for (const Shape shape : {Shape{256, 32, 1}, Shape{2048, 32, 1}, Shape{8192, 128, 1}, Shape{32000, 512, 1},
+                            Shape{50304, 512, 2}, Shape{128256, 512, 4}}) {
+    const Problem p(shape.vocab, 1, 1, Options{}, rounded<__nv_bfloat16>, 3);
+    OnDevice<__nv_bfloat16> out(p);
+    emulator::device() = emulator::Device{};
+    CHECK(mtp::launch_loss_rows(out.params, 1, nullptr) == cudaSuccess);
+    CHECK(emulator::launch_record().threads == shape.threads && emulator::launch_record().cluster == shape.cluster);
+    compare(p, out, [&](size_t r, int64_t v) { return Element<__nv_bfloat16>::load(out.at(r, v)); });
+  }
+}
+
 // sm_80 has no clusters, and a small partition of a newer device cannot run one: the row is read twice. No cluster
 // launch is attempted first: a launch captured in a graph may fail only when the graph is created.
 void run_without_clusters() {
-  const Problem p(128256, 1, 1, Options{}, rounded<__nv_bfloat16>, 3);
-  for (const int major : {8, 9}) {
-    OnDevice<__nv_bfloat16> out(p, p.vocab, 0);
-    emulator::device() = emulator::Device{};
-    emulator::device().compute_capability_major = major;
-    emulator::device().refuses_clusters = true;
-    CHECK(mtp::launch_loss_rows(out.params, 1, nullptr) == cudaSuccess);
-    CHECK(emulator::launch_record().cluster == 1 && cudaGetLastError() == cudaSuccess);
-    compare(p, out, [&](size_t r, int64_t v) { return Element<__nv_bfloat16>::load(out.at(r, v)); });
-  }
+  constexpr int64_t kTwoFit = 50304, kNoneFits = 128256;
+  for (const int major : {8, 9})
+    for (const int64_t vocab : {kTwoFit, kNoneFits}) {
+      const Problem p(vocab, 1, 1, Options{}, rounded<__nv_bfloat16>, 3);
+      OnDevice<__nv_bfloat16> out(p);
+      emulator::device() = emulator::Device{};
+      emulator::device().compute_capability_major = major;
+      emulator::device().refuses_clusters = true;
+      CHECK(mtp::launch_loss_rows(out.params, 1, nullptr) == cudaSuccess);
+      CHECK(emulator::launch_record().cluster == 1 && cudaGetLastError() == cudaSuccess);
+      CHECK((emulator::launch_record().shared_bytes > 100000) == (vocab == kTwoFit));
+      compare(p, out, [&](size_t r, int64_t v) { return Element<__nv_bfloat16>::load(out.at(r, v)); });
+    }
 }
 
 }  // namespace
@@ -323,7 +365,7 @@ int main() {
       run_sharded<__nv_bfloat16>({65, 3, 2, opt, rounded<__nv_bfloat16>, ++seed}, split);
     }
   const Problem p(515, 2, 3, Options{}, rounded<float>, ++seed);
-  OnDevice<float> forward(p, 515, 0);
+  OnDevice<float> forward(p);
   forward.params.gradient = mtp::Gradient::kSkip;
   CHECK(mtp::launch_loss_rows(forward.params, 6, nullptr) == cudaSuccess);
   compare(p, forward, [](size_t, int64_t) { return 0.0; });
@@ -334,6 +376,7 @@ int main() {
   run_extremes(Path::kStreaming, 1);
   run_extremes(Path::kCluster, 4);
   run_limits();
+  run_shapes();
   run_without_clusters();
   return check::summary();
 }

@@ -55,7 +55,8 @@ class StandIns:
 
     def _loss_rows_(self, logits: Tensor, rows: Tensor, labels: Tensor, *rest: Any) -> None:
         """The CPU's, on float32 logits: it has no float16."""
-        assert logits.dtype in KERNEL_DTYPES
+        assert logits.dtype in KERNEL_DTYPES and logits.stride(0) >= logits.shape[1]
+        assert logits.stride(0) * logits.itemsize % 16 == 0 and logits.data_ptr() % 16 == 0
         wide = logits.float()
         torch.ops.mtp_ext._loss_rows_(wide, rows, labels, *rest)
         logits.copy_(wide)

@@ -56,7 +56,9 @@ struct Thread {
   Warp* warp = nullptr;
   bool done = false;
   const Barrier* waits_at = nullptr;
-  unsigned waits_for = 0;  // the generation that ends the wait
+  unsigned waits_for = 0;    // the generation that ends the wait
+  bool has_arrived = false;  // at the cluster's barrier, and not waited yet
+  unsigned arrived_for = 0;
 };
 
 struct Cluster {
@@ -68,27 +70,37 @@ Thread* current = nullptr;
 Cluster* cluster_of_current = nullptr;
 const std::function<void()>* kernel_body = nullptr;
 
-// Waits until `expected` threads have arrived.
-void arrive(Barrier& barrier, int expected, Site site) {
+// Counts the running thread in, and returns the generation that begins when `expected` threads have arrived.
+unsigned count_in(Barrier& barrier, int expected, Site site) {
   if (barrier.arrived == 0) barrier.site = site;
   if (barrier.site.line != site.line || std::strcmp(barrier.site.file, site.file) != 0)
     fail("divergent barrier: threads meet from two places in the source");
+  const unsigned next = barrier.generation + 1;
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
-    ++barrier.generation;
-    return;
+    barrier.generation = next;
   }
+  return next;
+}
+
+void wait_for(const Barrier& barrier, unsigned generation) {
+  if (barrier.generation == generation) return;
   Thread& self = *current;
   self.waits_at = &barrier;
-  self.waits_for = barrier.generation + 1;
+  self.waits_for = generation;
   self.fiber.suspend();
   self.waits_at = nullptr;
 }
+
+void arrive(Barrier& barrier, int expected, Site site) { wait_for(barrier, count_in(barrier, expected, site)); }
+
+int cluster_threads() { return static_cast<int>(cluster_size() * blockDim.x * blockDim.y * blockDim.z); }
 
 void thread_main() {
   Fiber::started();
   (*kernel_body)();
   Thread& self = *current;
+  if (self.has_arrived) fail("a thread ends between the halves of a cluster barrier");
   self.done = true;
   // Shared memory dies with the block's last thread: another block of the cluster that still reads it gets NaN.
   if (--self.block->alive == 0) self.block->shared.poison();
@@ -271,7 +283,7 @@ LaunchRecord& launch_record() {
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const std::function<void()>& body) {
   catch_faults();
   kernel_body = &body;
-  launch_record() = {launch_record().launches + 1, cluster, shared_bytes};
+  launch_record() = {launch_record().launches + 1, cluster, shared_bytes, block.x * block.y * block.z};
   Scheduler(grid, block, shared_bytes, cluster).run();
 }
 
@@ -304,7 +316,20 @@ void block_barrier(Site site) {
 }
 
 void cluster_barrier(Site site) {
-  arrive(cluster_of_current->barrier, static_cast<int>(cluster_size() * blockDim.x * blockDim.y * blockDim.z), site);
+  cluster_arrive(site);
+  cluster_wait();
+}
+
+void cluster_arrive(Site site) {
+  if (current->has_arrived) fail("a thread arrives twice at a cluster barrier");
+  current->has_arrived = true;
+  current->arrived_for = count_in(cluster_of_current->barrier, cluster_threads(), site);
+}
+
+void cluster_wait() {
+  if (!current->has_arrived) fail("a thread waits at a cluster barrier without having arrived");
+  wait_for(cluster_of_current->barrier, current->arrived_for);
+  current->has_arrived = false;
 }
 
 void warp_barrier(unsigned mask, Site site) {

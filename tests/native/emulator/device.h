@@ -41,6 +41,7 @@ struct LaunchRecord {
   int launches = 0;
   unsigned cluster = 1;
   size_t shared_bytes = 0;
+  unsigned threads = 0;  // per block
 };
 LaunchRecord& launch_record();
 
@@ -63,6 +64,8 @@ constexpr int kErrorStatus = 70;
 
 void block_barrier(Site site);
 void cluster_barrier(Site site);
+void cluster_arrive(Site site);  // the barrier's first half: does not wait
+void cluster_wait();             // its second half
 void warp_barrier(unsigned mask, Site site);
 
 // Every lane of `mask` publishes `bytes` bytes; the result points at 32 slots of kExchangeBytes, valid until the lane's

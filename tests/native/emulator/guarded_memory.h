@@ -28,13 +28,15 @@ class GuardedMemory {
   unsigned char* data_ = nullptr;
 };
 
-// Test memory in place of cudaMalloc's: `size` elements; with an offset, that many elements after a 256-byte boundary.
+// Test memory in place of cudaMalloc's: `size` elements; with an offset, that many elements after a 256-byte boundary,
+// else at a multiple of `alignment` bytes.
 template <typename T>
 class DeviceArray {
  public:
-  explicit DeviceArray(size_t size, size_t offset = 0)
-      : memory_((size + offset) * sizeof(T), offset == 0 ? alignof(T) : 256), size_(size), offset_(offset) {}
-  explicit DeviceArray(const std::vector<T>& values, size_t offset = 0) : DeviceArray(values.size(), offset) {
+  explicit DeviceArray(size_t size, size_t offset = 0, size_t alignment = alignof(T))
+      : memory_((size + offset) * sizeof(T), offset == 0 ? alignment : 256), size_(size), offset_(offset) {}
+  explicit DeviceArray(const std::vector<T>& values, size_t offset = 0, size_t alignment = alignof(T))
+      : DeviceArray(values.size(), offset, alignment) {
     std::copy(values.begin(), values.end(), data());
   }
 

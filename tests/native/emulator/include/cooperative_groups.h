@@ -7,6 +7,8 @@ namespace cooperative_groups {
 class cluster_group {
  public:
   static void sync(EMULATOR_CALLER) { emulator::cluster_barrier({file, line}); }
+  static void barrier_arrive(EMULATOR_CALLER) { emulator::cluster_arrive({file, line}); }
+  static void barrier_wait() { emulator::cluster_wait(); }
   static unsigned block_rank() { return emulator::cluster_rank(); }
   static unsigned num_blocks() { return emulator::cluster_size(); }
   template <typename T>

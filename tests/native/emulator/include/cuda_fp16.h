@@ -1,4 +1,4 @@
-// CUDA's float16: storage and conversions only, round to nearest even, with subnormal numbers.
+// CUDA's float16: storage, conversions and the maximum, round to nearest even, with subnormal numbers.
 #pragma once
 #include "cuda_runtime.h"
 
@@ -30,3 +30,5 @@ inline __half __float2half_rn(float x) {
 }
 
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline __half __hmax(__half a, __half b) { return __float2half_rn(fmaxf(__half2float(a), __half2float(b))); }
+inline __half2 __hmax2(__half2 a, __half2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }

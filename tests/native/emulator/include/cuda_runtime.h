@@ -43,6 +43,11 @@ inline unsigned __float_as_uint(float value) {
 }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int atomicMin(int* address, int value) {
+  const int before = *address;  // fibers do not interrupt each other
+  *address = std::min(before, value);
+  return before;
+}
 template <typename T>
 T __ldg(const T* address) {
   return *address;

@@ -22,8 +22,7 @@ std::vector<Tensor> rows_of_heads(const std::vector<Tensor>& given, int64_t head
   return found;
 }
 
-// Order of the schema's lists: that of `LossCall.pack()` in mtp_ext/ops/loss/arguments.py, plus what
-// mtp_ext/ops/loss/native_cpu.py appends. The lists are few and short because each costs as much as a small GEMM.
+// Order of the schema's lists: that of `LossCall.pack()` in mtp_ext/ops/loss/arguments.py. The lists are few and short because each costs as much as a small GEMM.
 // `tensors` may end early.
 enum FusedLossTensor {
   kLabels,
@@ -35,8 +34,6 @@ enum FusedLossTensor {
   kDivisor,  // 0-d: of every head's sum
   kRowScale,
   kLseGrad,
-  kGradWeight,  // appended: output of the gradient; none: new memory
-  kGradBias,    // appended: running sum; none: new memory
 };
 enum FusedLossSize {
   kSeqLen,
@@ -79,16 +76,19 @@ int64_t run(const FusedLossArguments& arguments, bool measures, std::vector<Tens
 }
 
 // results: loss 0-d; with kNeedMeasures head_loss, n_valid, divisors [n] and the row tables [n, B, S];
-// then the needed gradients of weight, bias and hidden (shaped as given). first_invalid: -1, or the flat
+// then the needed gradients of weight, bias and hidden (shaped as given). sums: none, or the memory of the needed
+// gradients of weight (overwritten without kAccumulate) and bias (added to). first_invalid: -1, or the flat
 // index into labels of a target outside the vocabulary; nothing was computed then.
 std::tuple<std::vector<Tensor>, int64_t> fused_loss_cpu(const std::vector<Tensor>& hidden, const Tensor& weight,
                                                         const std::vector<OptionalTensor>& tensors,
                                                         const std::vector<double>& options,
                                                         const std::vector<int64_t>& sizes, ScalarType compute_dtype,
-                                                        int64_t flags) {
+                                                        int64_t flags, const std::vector<Tensor>& sums) {
   STD_TORCH_CHECK(!tensors.empty() && tensors[kLabels].has_value() && sizes.size() >= kDetachWeight &&
                       static_cast<int64_t>(options.size()) == RowOptions::kPacked + 1,
                   "expected the lists of LossCall.pack()");
+  const size_t needed = ((flags & kNeedWeight) != 0 ? 1 : 0) + ((flags & kNeedBias) != 0 ? 1 : 0);
+  STD_TORCH_CHECK(sums.empty() || sums.size() == needed, "sums must hold ", needed, " tensors, got ", sums.size());
   const auto given = [&](size_t i) { return i < tensors.size() ? tensors[i] : OptionalTensor(); };
   const bool is_double = compute_dtype == ScalarType::Double, measures = (flags & kNeedMeasures) != 0;
   const ScalarType acc = is_double ? ScalarType::Double : ScalarType::Float;
@@ -128,13 +128,12 @@ std::tuple<std::vector<Tensor>, int64_t> fused_loss_cpu(const std::vector<Tensor
   }
   std::vector<Tensor> results = a.tables;
   if ((flags & kNeedWeight) != 0) {
-    a.grad_weight = given(kGradWeight);
-    if (!a.grad_weight.has_value()) a.grad_weight = empty_like_cpu(weight, acc);
+    a.grad_weight = sums.empty() ? empty_like_cpu(weight, acc) : sums.front();
     results.push_back(*a.grad_weight);
   }
   if ((flags & kNeedBias) != 0) {
-    a.grad_bias = given(kGradBias);
-    if (!a.grad_bias.has_value()) zero(a.grad_bias.emplace(empty_cpu({weight.size(-2)}, acc)));
+    a.grad_bias = sums.empty() ? empty_cpu({weight.size(-2)}, acc) : sums.back();
+    if (sums.empty()) zero(*a.grad_bias);
     results.push_back(*a.grad_bias);
   }
   if ((flags & kNeedHidden) != 0) {

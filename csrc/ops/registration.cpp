@@ -11,8 +11,8 @@ STABLE_TORCH_LIBRARY(mtp_ext, m) {
       "Tensor(c!)[] statistics) -> ()");
   // CPU only: the loss of all heads in one call.
   m.def(
-      "_fused_loss_(Tensor[] hidden, Tensor weight, Tensor(a!)?[] tensors, float[] options, int[] sizes, "
-      "ScalarType compute_dtype, int flags) -> (Tensor[] results, int first_invalid)");
+      "_fused_loss_(Tensor[] hidden, Tensor weight, Tensor?[] tensors, float[] options, int[] sizes, "
+      "ScalarType compute_dtype, int flags, Tensor(a!)[] sums) -> (Tensor[] results, int first_invalid)");
   // CUDA only; elsewhere the Python layer uses torch's operators.
   m.def("_column_sum_(Tensor x, Tensor(a!) out, bool accumulate) -> ()");
   m.def("_scale_into_(Tensor x, Tensor scale, Tensor(a!) out) -> ()");

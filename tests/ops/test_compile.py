@@ -147,7 +147,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             ops._fused_loss_,
             (
                 *(list(hidden), weight, native.tensors, native.options, native.sizes + native.detach_weight),
-                *(torch.float32, flags),
+                *(torch.float32, flags, []),
             ),
             {},
         ),

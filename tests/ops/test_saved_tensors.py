@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtp_ext.nn import MTPConfig, MTPModel
 from mtp_ext.ops import linear_cross_entropy, multi_token_cross_entropy
+from mtp_ext.ops.common.backend import CpuBackend, use_backend
 
 ROWS, WIDTH, VOCAB = 12, 8, 17
 
@@ -157,3 +159,57 @@ def test_batched_incoming_gradients() -> None:
     (found,) = torch.autograd.grad(loss, arguments["weight"], incoming, is_grads_batched=True, retain_graph=True)  # type: ignore[arg-type]
     (one,) = torch.autograd.grad(loss, arguments["weight"])  # type: ignore[arg-type]
     torch.testing.assert_close(found, incoming[:, None, None] * one)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "row loop"])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"reduction": "none"}, {"return_lse": True}], ids=str)
+def test_mutation_that_torch_is_told_to_allow(options: dict[str, Any], native: bool) -> None:
+    """The context looks at the written arguments of every operator, and clones what is saved."""
+    arguments = make(bias=torch.randn(VOCAB, requires_grad=True), token_weights=torch.rand(ROWS))
+    leaves = [arguments[name] for name in ("hidden", "weight", "bias")]
+
+    def loss_of(made: dict[str, Any]) -> Tensor:
+        out = linear_cross_entropy(**made, **options)
+        return out.sum() if isinstance(out, Tensor) else out[0] + out[1].sum()
+
+    expected = torch.autograd.grad(loss_of(arguments), leaves)
+    with use_backend(CpuBackend(native_loss=native)), torch.autograd.graph.allow_mutation_on_saved_tensors():
+        made = arguments | {name: arguments[name].clone() for name in ("hidden", "weight", "targets", "token_weights")}
+        loss = loss_of(made)
+        for name in ("hidden", "weight", "targets", "token_weights"):
+            made[name].zero_()
+        found = torch.autograd.grad(loss, leaves)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+HOOKS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "mutation": torch.autograd.graph.allow_mutation_on_saved_tensors,
+    "on the CPU": torch.autograd.graph.save_on_cpu,
+    "packed": lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy().copy(), torch.from_numpy),
+    "disabled": lambda: torch.autograd.graph.disable_saved_tensors_hooks("no hooks"),
+}
+
+
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
+def test_hooks_on_saved_tensors(loss_of: Callable[[dict[str, Any]], Tensor], hooks: str) -> None:
+    arguments = make()
+    leaves = (arguments["hidden"], arguments["weight"])
+    expected = torch.autograd.grad(loss_of(arguments), leaves)
+    with HOOKS[hooks]():
+        loss = loss_of(arguments)
+        found = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("hooks", ["mutation", "on the CPU"])
+@pytest.mark.parametrize("schedule", ["sequential", "joint", "autograd"])
+def test_hooks_on_saved_tensors_of_models(schedule: str, hooks: str) -> None:
+    model, labels, found = MTPModel(MTPConfig(VOCAB, WIDTH, 4, 2, n_future=2)), torch.randint(VOCAB, (2, 8)), []
+    for context in (nullcontext, HOOKS[hooks]):
+        model.zero_grad()
+        with context():
+            model(labels[:, :6], labels, schedule=schedule).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

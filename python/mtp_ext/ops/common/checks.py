@@ -219,8 +219,9 @@ def check_divisor(normalizer: numbers.Real | Tensor) -> None:
     """Raises ValueError for a normalizer that is not positive and finite; of a GPU's tensor only with debug checks."""
     if isinstance(normalizer, Tensor) and not (can_read(normalizer) or debug_checks_enabled()):
         return
-    if not 0 < float(normalizer) < math.inf:
-        raise ValueError(f"normalizer must be positive and finite, got {float(normalizer):g}")
+    value = float(normalizer.item() if isinstance(normalizer, Tensor) else normalizer)
+    if not 0 < value < math.inf:
+        raise ValueError(f"normalizer must be positive and finite, got {value:g}")
 
 
 def checked_max_valid(max_valid: int | Sequence[int] | None, n_heads: int) -> list[int] | None:

@@ -46,6 +46,7 @@ def _(
     sizes: Sequence[int],
     compute_dtype: torch.dtype,
     flags: int,
+    sums: Sequence[Tensor],
     out_val: Any = None,
 ) -> int:
     labels, seq_len = tensors[0], sizes[0]

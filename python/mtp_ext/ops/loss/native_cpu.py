@@ -51,7 +51,7 @@ def fused_loss(
     results, first_invalid = torch.ops.mtp_ext._fused_loss_.default(
         hidden,
         weight,
-        packed.tensors if sums is None else [*packed.tensors, sums.weight, sums.bias],
+        packed.tensors,
         packed.options,
         packed.sizes + packed.detach_weight,
         packed.compute_dtype,
@@ -61,6 +61,7 @@ def fused_loss(
         + FLAG_BIAS * needs.bias
         + FLAG_ACCUMULATE * (sums is not None and sums.accumulate)
         + FLAG_WIDEN * widens,
+        [] if sums is None else [x for x in (sums.weight, sums.bias) if x is not None],
     )
     checks.check_first_invalid(first_invalid, call.labels, weight.shape[-2], call.ignore_index)
     found = iter(results)
@@ -83,6 +84,7 @@ def _(
     sizes: Sequence[int],
     compute_dtype: torch.dtype,
     flags: int,
+    sums: Sequence[Tensor],
 ) -> tuple[list[Tensor], int]:
     acc = torch.float64 if compute_dtype == torch.float64 else torch.float32
     n, table = sizes[1], (sizes[1], tensors[0].shape[0], sizes[0])

@@ -60,6 +60,7 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: in
             [-1, 1, 0, ignore_index, 0, 0, 0],
             weight.dtype,
             FLAG_HIDDEN * need_hidden + FLAG_WEIGHT * need_weight,
+            [],
         )
     if first_invalid >= 0:
         check_first_invalid(first_invalid, targets.reshape(1, -1), weight.shape[0], ignore_index)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -62,7 +63,8 @@ def activation_bytes(model: MTPModel, tokens: Tensor) -> int:
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    context = model.with_tokens_ahead(model.prepare(tokens, None), tokens, None)
+    ahead = F.pad(tokens, (0, model.config.n_future - 1))
+    context = model.with_tokens_ahead(model.prepare(tokens, None), ahead)
     hidden = model.trunk(tokens, context=context).detach().requires_grad_()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):

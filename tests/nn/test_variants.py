@@ -20,7 +20,7 @@ Make = Callable[..., Any]
 Error = Callable[[Tensor, Tensor], float]
 
 
-def layer_outputs(model: MTPModel, z: Tensor, context: Any, labels: Tensor) -> dict[int, Tensor]:
+def layer_outputs(model: MTPModel, z: Tensor, context: Any, whole: Tensor) -> dict[int, Tensor]:
     """``h_k`` of appendix B for ``k = 1..n``, by the variant's formula."""
     n, variant = model.config.n_future, model.config.variant
     block = {k: model.heads.head(k).block for k in range(1, n + 1)}
@@ -38,24 +38,26 @@ def layer_outputs(model: MTPModel, z: Tensor, context: Any, labels: Tensor) -> d
         elif k == 1:
             outputs[k] = z
         else:
-            m, tokens = block[k], labels[:, k - 1 : k - 1 + z.shape[1]].clamp(min=0)
+            m, tokens = block[k], whole[:, k - 1 : k - 1 + z.shape[1]]
             joined = torch.cat([m.state_norm(before), m.token_norm(model.embed.weight[tokens])], -1)
             outputs[k] = m.block(joined @ m.joint.weight.T, context)
     return outputs
 
 
 def naive_loss(
-    model: MTPModel, tokens: Tensor, labels: Tensor, document_ids: Tensor | None, head_weights: list[float] | None
+    model: MTPModel, whole: Tensor, labels: Tensor, document_ids: Tensor | None, head_weights: list[float] | None
 ) -> tuple[Tensor, Tensor]:
-    """The plain weighted sum of the heads' losses with all logits, and the trunk's output."""
-    n, seq_len = model.config.n_future, tokens.shape[1]
+    """The plain weighted sum of the heads' losses with all logits, and the trunk's output.
+
+    ``labels`` are the tokens ``whole``, of which some are masked.
+    """
+    n, seq_len = model.config.n_future, whole.shape[1] - model.config.n_future
+    tokens = whole[:, :seq_len]
     context = model.trunk.context(tokens, document_ids)
     z = model.trunk(tokens, context=context)
     z.retain_grad()
     loss = z.new_zeros(())
-    unknown = torch.where(labels < 0, 0, labels)  # a token ahead is read whether or not it counts as a target
-    unknown[:, :seq_len] = tokens
-    for k, state in layer_outputs(model, z, context, unknown).items():
+    for k, state in layer_outputs(model, z, context, whole).items():
         norm = model.heads.norm if model.heads.norm is not None else model.heads.head(k).norm
         weight = model.heads.unembedding
         logits = norm(state) @ (weight if weight.dim() == 2 else weight[k - 1]).T
@@ -65,7 +67,7 @@ def naive_loss(
         scale = 1.0 if head_weights is None else head_weights[k - 1]
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         loss = loss + scale * total / (targets != -100).sum().clamp(min=1)
-    assert set(range(1, n + 1)) == set(layer_outputs(model, z, context, unknown))
+    assert set(range(1, n + 1)) == set(layer_outputs(model, z, context, whole))
     return loss, z
 
 
@@ -92,8 +94,8 @@ def test_gradients_are_those_of_the_plain_sum_of_losses(
     variant: str, n_future: int, tied: bool, case: str, make_model: Make, make_batch: Make, relative_error: Error
 ) -> None:
     model = make_model(n_future, variant=variant, tie_embeddings=tied)
-    tokens, labels = make_batch(n_future)
-    choice = CASES[case]
+    tokens, whole = make_batch(n_future)
+    choice, labels, ahead = CASES[case], whole, {}
     document_ids, head_weights = None, None
     if choice.get("documents"):
         document_ids = torch.arange(labels.shape[1])[None].add(torch.tensor([[0], [2]])).floor_divide(5)
@@ -101,13 +103,14 @@ def test_gradients_are_those_of_the_plain_sum_of_losses(
         head_weights = [0.5 + k for k in range(n_future)]
     if choice.get("ignored"):
         labels = torch.where(torch.rand(labels.shape) < 0.3, -100, labels)
-    expected, z = naive_loss(model, tokens, labels, document_ids, head_weights)
+        ahead = {"tokens_ahead": whole}
+    expected, z = naive_loss(model, whole, labels, document_ids, head_weights)
     expected.backward()
     expected_grads = gradients(model, z)
     for schedule in ("sequential", "joint", "autograd"):
         kept: list[Tensor] = []
         handle = model.trunk.register_forward_hook(lambda m, a, out, kept=kept: out.retain_grad() or kept.append(out))
-        result = model(tokens, labels, document_ids, head_weights, schedule=schedule)
+        result = model(tokens, labels, document_ids, head_weights, schedule=schedule, **ahead)
         handle.remove()
         result.loss.backward()
         grads = gradients(model, kept[0])

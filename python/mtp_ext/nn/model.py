@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.nn.heads.deepseek_module import tokens_ahead
 from mtp_ext.nn.heads.head import Head
 from mtp_ext.nn.heads.heads import Heads
 from mtp_ext.nn.heads.unembedding import ReplicatedUnembedding
@@ -48,16 +47,7 @@ class MTPHeads(Heads):
 
     def context(self, hidden: Tensor, tokens: Tensor | None, document_ids: Tensor | None) -> AttentionContext:
         context = AttentionContext.of_sequences(self.config, hidden.shape[1], document_ids, hidden.device, hidden.dtype)
-        if tokens is None or not self.reads_tokens:
-            return context
-        seq_len = hidden.shape[1]
-        ahead = tokens_ahead(tokens[:, :seq_len].clamp(min=0), tokens, self.n_heads)
-        return dataclasses.replace(context, tokens=ahead)
-
-    @property
-    def reads_tokens(self) -> bool:
-        """True if any head reads the tokens ahead."""
-        return any(self.head(k).reads_embedding for k in range(1, self.n_heads + 1))
+        return dataclasses.replace(context, tokens=tokens)
 
 
 def _make_head(config: MTPConfig, k: int, *, own_norm: bool) -> Head:
@@ -136,10 +126,8 @@ class MTPModel(MultiTokenModel):
                 )
         return self.trunk.context(tokens, document_ids)
 
-    def with_tokens_ahead(self, context: AttentionContext, tokens: Tensor, labels: Tensor | None) -> AttentionContext:
-        if not self.heads.reads_tokens:
-            return context
-        return dataclasses.replace(context, tokens=tokens_ahead(tokens, labels, self.config.n_future))
+    def with_tokens_ahead(self, context: AttentionContext, tokens: Tensor | None) -> AttentionContext:
+        return dataclasses.replace(context, tokens=tokens)
 
     def run_trunk(self, tokens: Tensor, document_ids: Tensor | None, context: AttentionContext) -> Tensor:
         hidden: Tensor = self.trunk(tokens, context=context)

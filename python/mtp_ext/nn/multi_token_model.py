@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_ext.nn.heads.heads import Heads
@@ -52,8 +53,8 @@ class MultiTokenModel(nn.Module):
         """Checks the inputs of a forward and returns the context shared by trunk and heads."""
         raise NotImplementedError
 
-    def with_tokens_ahead(self, context: Any, tokens: Tensor, labels: Tensor | None) -> Any:
-        """Adds the tokens ahead to the context, for heads that read them."""
+    def with_tokens_ahead(self, context: Any, tokens: Tensor | None) -> Any:
+        """Adds the tokens ``[B, S + n - 1]`` to the context, for heads that read them."""
         return context
 
     def run_trunk(self, tokens: Tensor, document_ids: Tensor | None, context: Any) -> Tensor:
@@ -84,6 +85,9 @@ class MultiTokenModel(nn.Module):
                 the loss only: :meth:`all_logits` uses just the model's own soft cap.
             detach_heads: 1-based heads that learn but send no gradient to their input (the trunk, or the previous head
                 in a chained variant).
+            tokens_ahead: ``[B, S'']``, the row's tokens and those that follow, for heads that read tokens ahead
+                (``sequential_modules``). By default they are read from ``labels``; needed where a target depends on
+                one that is masked there.
             token_weights, normalizer, ignore_index, detach_weight, chunk_rows, workspace_bytes, max_valid: See
                 :func:`mtp_ext.multi_token_cross_entropy`.
         Returns:
@@ -100,9 +104,17 @@ class MultiTokenModel(nn.Module):
             return self.heads.logits(1, outputs[1])
         batch, seq_len = tokens.shape
         targets = Targets.checked(
-            self.heads, labels, document_ids, head_weights, keywords, batch=batch, seq_len=seq_len, device=tokens.device
+            self.heads,
+            labels,
+            document_ids,
+            head_weights,
+            keywords,
+            batch=batch,
+            seq_len=seq_len,
+            device=tokens.device,
+            tokens=tokens,
         )
-        context = self.with_tokens_ahead(context, tokens, labels)
+        context = self.with_tokens_ahead(context, targets.tokens)
         return self.heads.loss(self.run_trunk(tokens, document_ids, context), targets, context, schedule)
 
     def all_logits(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -110,7 +122,8 @@ class MultiTokenModel(nn.Module):
 
         Heads that read tokens ahead (``sequential_modules``) read token 0 past the end of ``tokens``.
         """
-        context = self.with_tokens_ahead(self.prepare(tokens, document_ids), tokens, None)
+        context = self.prepare(tokens, document_ids)
+        context = self.with_tokens_ahead(context, F.pad(tokens, (0, self.heads.n_heads - 1)))
         outputs = head_outputs(self.heads, self.run_trunk(tokens, document_ids, context), context)
         return torch.stack([self.heads.logits(k, output) for k, output in outputs.items()])
 

@@ -42,15 +42,3 @@ class SequentialModule(nn.Module):
         joined = torch.cat([self.state_norm(x), self.token_norm(read)], dim=-1)
         y: Tensor = self.block(self.joint(joined), context)
         return y
-
-
-def tokens_ahead(tokens: Tensor, labels: Tensor | None, n_future: int) -> Tensor:
-    """Returns each row's tokens and the ``n - 1`` after it, ``[B, S + n - 1]``.
-
-    Tokens that ``labels [B, S']`` do not hold, past their end or at negative ids, become token 0: targets beyond them
-    are past the end too, or preceded by padding.
-    """
-    seq_len = tokens.shape[1]
-    after = tokens[:, :0] if labels is None else labels[:, seq_len : seq_len + n_future - 1].clamp(min=0)
-    whole = torch.cat([tokens, after.to(tokens.dtype)], dim=1)
-    return F.pad(whole, (0, seq_len + n_future - 1 - whole.shape[1]))

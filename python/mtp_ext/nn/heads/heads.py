@@ -69,7 +69,8 @@ class Heads(nn.Module):
         self.recompute = False
         # In a tuple, so that they are not registered twice.
         self._borrowed = (unembed, embed)
-        self._tied, self._reads_embed = tied, tied or any(head.reads_embedding for head in heads)
+        self.reads_tokens = any(head.reads_embedding for head in heads)
+        self._tied, self._reads_embed = tied, tied or self.reads_tokens
         for k, head in enumerate(heads):
             self.add_module(str(k), head)
         self.norm = norm
@@ -217,7 +218,7 @@ class Heads(nn.Module):
             self, labels, document_ids, head_weights, keywords, batch=batch, seq_len=seq_len, device=hidden.device
         )
         seen = None if document_ids is None else document_ids[:, :seq_len]
-        return self.loss(hidden, targets, self.context(hidden, labels, seen), schedule)
+        return self.loss(hidden, targets, self.context(hidden, targets.tokens, seen), schedule)
 
     def loss(self, hidden: Tensor, targets: Targets, context: Any, schedule: str) -> MultiTokenLoss:
         """Runs :meth:`forward` on checked targets and the context of the trunk's forward."""

@@ -21,8 +21,9 @@ from mtp_ext.nn.composed import ComposedModel
 from mtp_ext.nn.heads.head import Head
 from mtp_ext.nn.heads.unembedding import check_linear_map
 from mtp_ext.nn.interop.add_heads import INITS
-from mtp_ext.nn.transformer.checks import check_token_range, is_watched
+from mtp_ext.nn.transformer.checks import is_watched
 from mtp_ext.nn.variants import TRANSFORMER, VARIANTS
+from mtp_ext.ops.common.checks import check_token_range
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
 SUPPORTED = ("parallel", "linear", "causal", "anticausal", "shared")
@@ -75,7 +76,7 @@ class HuggingFaceTrunk(nn.Module):
             document_ids: ``[B, S]``: attention stays within tokens of one id.
         """
         self.check_parts()
-        check_token_range(tokens, self.base.embed_tokens.num_embeddings)
+        check_token_range("tokens", tokens, self.base.embed_tokens.num_embeddings)
         config, seq_len = self.base.config, tokens.shape[1]
         position_ids = torch.arange(seq_len, device=tokens.device)[None]
         window = getattr(config, "sliding_window", None)

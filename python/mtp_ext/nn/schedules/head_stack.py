@@ -18,6 +18,7 @@ class HeadStack(Protocol):
     recompute: bool
     softcap: float | None
     one_row: bool  # all heads have the same output
+    reads_tokens: bool  # some head reads tokens ahead
     training: bool
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext.nn.schedules.head_stack import HeadStack
+from mtp_ext.nn.schedules.tokens_ahead import check_tokens_ahead, tokens_read
 from mtp_ext.ops.common import checks
 from mtp_ext.ops.common.backend import can_read
 from mtp_ext.ops.common.runtime import autocast_dtype
@@ -26,10 +27,13 @@ class StepKeywords(TypedDict, total=False):
         options: How a row of logits becomes a loss: smoothing, z-loss, scale, cap, class weights.
         detach_heads: 1-based heads that learn but send no gradient to their input (the trunk, or the previous head in a
             chained variant).
+        tokens_ahead: ``[B, S'']``, the row's tokens and those that follow, for heads that read them
+            (``sequential_modules``); by default those of ``labels``, where none that a target depends on is masked.
     """
 
     options: RowOptions
     detach_heads: Collection[int]
+    tokens_ahead: Tensor | None
     detach_weight: Collection[int]
     token_weights: Tensor | None
     normalizer: str | float | Tensor
@@ -49,6 +53,7 @@ class Targets:
     call: LossCall  # compute_dtype is float32 until the hidden states are known: see of_hidden
     active: frozenset[int]  # heads that run; the others' weights are known to be 0
     detach_heads: frozenset[int]
+    tokens: Tensor | None = None  # [B, S + n - 1], for heads that read them
 
     @staticmethod
     def checked(
@@ -61,8 +66,12 @@ class Targets:
         batch: int,
         seq_len: int,
         device: torch.device,
+        tokens: Tensor | None = None,
     ) -> Targets:
-        """Checks the arguments of a forward; raises TypeError or ValueError for the first wrong one."""
+        """Checks the arguments of a forward; raises TypeError or ValueError for the first wrong one.
+
+        ``tokens [B, S]`` are those of the trunk, if it has run within this forward.
+        """
         if unknown := keywords.keys() - _KEYWORDS:
             raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
         checks.check_labels(labels, batch, seq_len, device)
@@ -90,7 +99,12 @@ class Targets:
         call.check_values()
         known = weights if weights is not None and can_read(weights) else head_weights
         detach_heads = checks.checked_heads("detach_heads", keywords.get("detach_heads", ()), n_heads)
-        return Targets(call, _active_heads(known, n_heads), detach_heads)
+        active, ahead = _active_heads(known, n_heads), keywords.get("tokens_ahead")
+        check_tokens_ahead(ahead, labels, seq_len, n_heads)
+        if not heads.reads_tokens:
+            return Targets(call, active, detach_heads)
+        read, call = tokens_read(call, active, tokens, ahead, heads.vocab_size)
+        return Targets(call, active, detach_heads, read)
 
     def with_bias(self, bias: Tensor | None) -> Targets:
         """Returns the targets with the bias ``[V]`` of the unembedding."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.ops.common.backend import can_read
-from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
+from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, check_token_range, describe
 
 
 def check_tokens(tokens: Tensor, config: MTPConfig, *, past: int = 0) -> None:
@@ -17,15 +16,7 @@ def check_tokens(tokens: Tensor, config: MTPConfig, *, past: int = 0) -> None:
     if past + tokens.shape[1] > config.max_seq_len:
         before = f" after {past} cached ones" if past else ""
         raise ValueError(f"tokens must be at most max_seq_len={config.max_seq_len} long, got {tokens.shape[1]}{before}")
-    check_token_range(tokens, config.vocab_size)
-
-
-def check_token_range(tokens: Tensor, vocab_size: int) -> None:
-    """Raises ValueError for a token id outside ``[0, V)``."""
-    if can_read(tokens) and tokens.numel() > 0:
-        low, high = (int(x) for x in tokens.aminmax())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"tokens must be in [0, {vocab_size}), got values from {low} to {high}")
+    check_token_range("tokens", tokens, config.vocab_size)
 
 
 def check_document_ids(document_ids: Tensor, tokens: Tensor) -> None:

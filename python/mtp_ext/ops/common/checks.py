@@ -71,6 +71,14 @@ def check_constant(name: str, x: object) -> None:
         raise ValueError(f"{name} must not require grad, because the loss gives it no gradient: pass {name}.detach()")
 
 
+def check_token_range(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raises ValueError for a token id outside ``[0, V)``, where the host can read it."""
+    if can_read(ids) and ids.numel() > 0:
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"{name} must be in [0, {vocab_size}), got values from {low} to {high}")
+
+
 def check_labels(labels: Tensor, batch: int, seq_len: int, device: torch.device) -> None:
     """Checks unshifted labels ``[B, S']`` for ``[B, S]`` positions."""
     check_tensor("labels", labels, dtypes=INDEX_DTYPES, shape="[B, S']", device=device)

@@ -15,25 +15,24 @@ constexpr int kNowhere = 0x7fffffff;  // no position yet; loses every tie
 // How a logit l follows from an element x of the GEMM's output. Each form computes what the one before leaves out.
 //   kScaled   l = scale x, scale > 0; no label smoothing
 //   kAffine   u = scale (x + bias); l = u
-//   kCapped   u as in kAffine; l = cap tanh(u / cap) = cap - 2 cap r, r = 1 / (1 + exp(2 u / cap))
+//   kCapped   u = to_u (x + bias); l = cap tanh(ln(2) u / 2) = cap - 2 cap r, r = 1 / (1 + 2^u)
 enum class Logits { kScaled, kAffine, kCapped };
 
 // The options as factors of the element loops. With y = x, u or r of the form, exp(l - max) = 2^(to_exponent y - high)
 // for a constant `high` of the row: one multiply-add and one exponential.
 struct LogitMap {
   float scale, cap;
-  float to_exponent;
-  float to_ratio;  // 2 u / cap = ln(2) to_ratio u
+  float to_u, to_exponent;
   bool smoothed;
 
   static LogitMap of(const RowOptions& options, Logits logits) {
     constexpr double kLog2EExact = 1.4426950408889634;
-    const double slope = logits == Logits::kScaled   ? options.logit_scale
-                         : logits == Logits::kAffine ? 1.0
-                                                     : -2.0 * options.softcap;
-    const double to_ratio = logits == Logits::kCapped ? 2.0 * kLog2EExact / options.softcap : 0.0;
+    const bool capped = logits == Logits::kCapped;
+    const double to_u = capped ? 2.0 * kLog2EExact / options.softcap : 1.0;
+    const double slope = logits == Logits::kScaled ? options.logit_scale : capped ? -2.0 * options.softcap : 1.0;
     return {static_cast<float>(options.logit_scale), static_cast<float>(options.softcap),
-            static_cast<float>(slope * kLog2EExact), static_cast<float>(to_ratio), options.label_smoothing > 0.0};
+            static_cast<float>(options.logit_scale * to_u), static_cast<float>(slope * kLog2EExact),
+            options.label_smoothing > 0.0};
   }
 };
 
@@ -125,7 +124,7 @@ class LogitRow {
   __device__ __forceinline__ float logit_at(float x, int column) const { return logit(u_at(x, column)); }
   // Its derivative in u.
   __device__ __forceinline__ float slope_at(float x, int column) const {
-    return kCapped ? 4.0f * Ratio(u_at(x, column), map_).product() : 1.0f;
+    return kCapped ? 4.0f * Ratio<true>(u_at(x, column)).product() : 1.0f;
   }
 
   __device__ __forceinline__ Shift shift(float max) const {
@@ -143,7 +142,7 @@ class LogitRow {
       float bias[kWidth];
       load_table<kWhole>(p_.bias, vector, 0.0f, bias);
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) u[j] = map_.scale * (u[j] + bias[j]);
+      for (int j = 0; j < kWidth; ++j) u[j] = map_.to_u * (u[j] + bias[j]);
     }
     if constexpr (!kWhole) {
 #pragma unroll
@@ -236,7 +235,7 @@ class LogitRow {
     if (weighted) load_table<kWhole>(p_.class_weights, vector, 1.0f, weights);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      const Ratio ratio(u[j], map_);
+      const Ratio<sizeof(scalar_t) == 4> ratio(u[j]);
       float g = exp2_approx(fmaf(kCapped ? ratio.r : u[j], map_.to_exponent, -row.high)) * row.prob_scale;
       if (weighted) g -= row.uniform * weights[j];
       if constexpr (kCapped) g *= ratio.product();
@@ -250,27 +249,26 @@ class LogitRow {
   VectorRow<scalar_t> memory;
 
  private:
-  // r of a capped logit, and r (1 - r), whose relative accuracy it keeps as r -> 1.
+  // r of a capped logit, and r (1 - r). kPrecise keeps the relative accuracy of the product as r -> 1, where it is too
+  // small for the rounding to 16 bits to show the difference.
+  template <bool kPrecise>
   struct Ratio {
     float power, r;
     // Beyond 2^126 r^2 is 0, and the power must be finite.
-    __device__ __forceinline__ Ratio(float u, const LogitMap& map)
-        : power(exp2_approx(fminf(u * map.to_ratio, 126.0f))), r(reciprocal_approx(1.0f + power)) {}
-    __device__ __forceinline__ float product() const { return power * r * r; }
+    __device__ __forceinline__ explicit Ratio(float u)
+        : power(exp2_approx(kPrecise ? fminf(u, 126.0f) : u)), r(reciprocal_approx(1.0f + power)) {}
+    __device__ __forceinline__ float product() const { return kPrecise ? power * r * r : fmaf(-r, r, r); }
   };
 
   __device__ __forceinline__ float u_at(float x, int column) const {
-    return kScaled ? x : map_.scale * (x + (p_.bias == nullptr ? 0.0f : p_.bias[column]));
+    return kScaled ? x : map_.to_u * (x + (p_.bias == nullptr ? 0.0f : p_.bias[column]));
   }
 
   __device__ __forceinline__ bool holds(int vector, int j) const {
     return memory.first_column(vector) + j < memory.size();
   }
 
-  __device__ __forceinline__ float variable(float u) const {
-    if constexpr (kCapped) return reciprocal_approx(1.0f + exp2_approx(u * map_.to_ratio));
-    return u;
-  }
+  __device__ __forceinline__ float variable(float u) const { return kCapped ? Ratio<false>(u).r : u; }
 
   // The entries of a table [V], 16-byte aligned, at a vector's elements; `fill` outside the row, or if there is none.
   template <bool kWhole>

@@ -3,14 +3,22 @@
 #pragma once
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 
 namespace check {
 
 inline int passed = 0, failed = 0;
 
+inline int summary() {
+  std::printf("%d checks passed, %d failed\n", passed, failed);
+  return failed == 0 && passed > 0 ? 0 : 1;
+}
+
+// With MTP_STOP_AT_FAILURE in the environment the first failure ends the program.
 inline bool record(bool ok, const char* file, int line, const char* what) {
   ++(ok ? passed : failed);
   if (!ok) std::fprintf(stderr, "%s:%d: failed: %s\n", file, line, what);
+  if (!ok && std::getenv("MTP_STOP_AT_FAILURE") != nullptr) std::exit(summary());
   return ok;
 }
 
@@ -22,11 +30,6 @@ inline bool near(double actual, double expected, double tolerance, const char* f
                  std::fabs(actual - expected), tolerance);
   }
   return ok;
-}
-
-inline int summary() {
-  std::printf("%d checks passed, %d failed\n", passed, failed);
-  return failed == 0 && passed > 0 ? 0 : 1;
 }
 
 }  // namespace check

@@ -20,7 +20,7 @@ function(mtp_ext_mutant name)
   target_include_directories(mutant_${name} BEFORE PRIVATE ${folder})
   target_link_libraries(mutant_${name} PRIVATE mtp_emulator)
   add_test(NAME mutant_${name} COMMAND mutant_${name})
-  set_tests_properties(mutant_${name} PROPERTIES TIMEOUT 120 PASS_REGULAR_EXPRESSION "${arg_EXPECT}")
+  set_tests_properties(mutant_${name} PROPERTIES TIMEOUT 120 ENVIRONMENT MTP_STOP_AT_FAILURE=1 PASS_REGULAR_EXPRESSION "${arg_EXPECT}")
 endfunction()
 
 set(wrong_result "passed, [1-9][0-9]* failed")
@@ -40,11 +40,11 @@ mtp_ext_mutant(no_barrier_for_the_gradient FILE loss_rows_cached.cuh TEST loss_r
   OLD "  __syncthreads();\n  if constexpr" NEW "  if constexpr" EXPECT "${wrong_result}|emulator: map_shared_rank")
 mtp_ext_mutant(wrong_merge FILE loss_rows_parts.cuh TEST loss_rows
   OLD "rescaled_sum(a, max) + rescaled_sum(b, max)" NEW "a.sum + b.sum" EXPECT "${wrong_result}")
-mtp_ext_mutant(missed_row_end FILE loss_rows_parts.cuh TEST loss_rows
+mtp_ext_mutant(missed_row_end FILE logit_row.cuh TEST loss_rows
   OLD "    if (owns_ragged<kThreads>()) visit(whole_end, std::false_type{});" NEW "" EXPECT "${wrong_result}")
-mtp_ext_mutant(missed_padding FILE loss_rows_parts.cuh TEST loss_rows
+mtp_ext_mutant(missed_padding FILE logit_row.cuh TEST loss_rows
   OLD "if (!holds(vector, j)) u[j] = -INFINITY;" NEW "{}" EXPECT "${wrong_result}")
-mtp_ext_mutant(wrong_owner FILE loss_rows_parts.cuh TEST loss_rows
+mtp_ext_mutant(wrong_owner FILE logit_row.cuh TEST loss_rows
   OLD "(vector - begin) % kThreads ==" NEW "(vector - begin + 1) % kThreads ==" EXPECT "${wrong_result}")
 mtp_ext_mutant(stale_argmax FILE loss_rows_cached.cuh TEST loss_rows
   OLD "    scratch.argmax = kNowhere;\n" NEW "" EXPECT "${wrong_result}")

@@ -39,7 +39,8 @@ def test_greedy_text_is_that_of_the_function(trained: Path, capsys: pytest.Captu
     prompt = torch.tensor([list(b"def add")])
     tokens = generate(saved.model, prompt, 20, eos_token=saved.tokenizer.separator_id, n_draft=0).tokens[0]
     expected = saved.tokenizer.decode(tokens.tolist())
-    assert continuation(capsys, trained, "--prompt", "def add", "--temperature", "0") == expected + "\n"
+    for n_draft in ([], ["--n-draft", "0"], ["--n-draft", "1"]):
+        assert continuation(capsys, trained, "--prompt", "def add", "--temperature", "0", *n_draft) == expected + "\n"
 
 
 def test_the_prompt_comes_from_a_file_or_standard_input(
@@ -64,6 +65,7 @@ def test_the_seed_decides(trained: Path, capsys: pytest.CaptureFixture[str]) -> 
         (("--prompt-file", "absent"), "prompt_file: cannot read absent"),
         (("--prompt", "a" * 96), "prompt must be shorter than the model's longest sequence of 96 tokens, got 96"),
         (("--prompt", "a", "--top-p", "2"), "top_p"),
+        (("--prompt", "a", "--n-draft", "9"), "n_draft must be at most"),
         (("--prompt", "a", "--temperature", "-1"), "temperature"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext.generate import DecodingStats, GenerationOutput, generate
-from mtp_ext.generate.sampling import Sampling
+from mtp_ext.generate.sampling import Sampling, draw
 from mtp_ext.nn import KVCache, MTPConfig, MTPModel
 
 VOCAB_SIZE = 23
@@ -78,8 +78,10 @@ def test_the_whole_context_can_be_used(model: MTPModel, prompts: list[Tensor]) -
 
 
 def next_token_logits(model: MTPModel, tokens: torch.Tensor, cache: KVCache, counts: list[int]) -> torch.Tensor:
-    """Head 1's logits ``[B, V]`` after the last token of each row."""
-    return model.heads.logits(1, model.next_token_hidden(tokens, cache, counts))
+    """Head 1's logits ``[B, V]`` after the last token of each row; advances the cache by ``counts``."""
+    normed = model.cached_outputs(tokens, cache, (1,))[1]
+    cache.advance(counts)
+    return model.heads.logits(1, normed[torch.arange(len(counts)), torch.tensor(counts) - 1])
 
 
 def test_reading_in_pieces_equals_reading_at_once(model: MTPModel) -> None:
@@ -111,7 +113,7 @@ def test_the_cache_refuses_what_it_cannot_hold(model: MTPModel) -> None:
 def test_only_head_1_runs(model: MTPModel, prompts: list[Tensor]) -> None:
     for k in (2, 3):
         model.heads.head(k).register_forward_pre_hook(lambda *args: pytest.fail("a later head ran"))
-    generate(model, prompts, 3)
+    generate(model, prompts, 3, n_draft=0)
 
 
 def test_a_row_ends_with_the_eos_token(model: MTPModel, prompts: list[Tensor]) -> None:
@@ -119,7 +121,7 @@ def test_a_row_ends_with_the_eos_token(model: MTPModel, prompts: list[Tensor]) -
     eos = expected[0][4]
     cut = [row[: row.index(eos) + 1] if eos in row else row for row in expected]
     assert len({len(row) for row in cut}) > 1
-    output = generate(model, prompts, 15, eos_token=eos)
+    output = generate(model, prompts, 15, eos_token=eos, n_draft=0)
     assert as_lists(output) == cut
     assert output.stats.n_forward == max(len(row) for row in cut)
     assert output.stats.n_tokens == sum(len(row) for row in cut)
@@ -183,12 +185,12 @@ def test_tokens_are_those_drawn_from_all_logits(
     tokens, counts = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), list(LENGTHS)
     with torch.no_grad():
         for _ in range(10):
-            drawn = sampling.draw(next_token_logits(model, tokens, cache, counts), generator)
+            drawn = draw(sampling.probabilities(next_token_logits(model, tokens, cache, counts)), generator)
             for row, token in zip(expected, drawn.tolist(), strict=True):
                 row.append(token)
             tokens, counts = drawn[:, None], [1] * len(prompts)
     generator = torch.Generator().manual_seed(4)
-    assert as_lists(generate(model, prompts, 10, generator=generator, **options)) == expected
+    assert as_lists(generate(model, prompts, 10, n_draft=0, generator=generator, **options)) == expected
     assert len({token for row in expected for token in row}) > 4
 
 
@@ -202,15 +204,16 @@ def test_greedy_decoding_looks_at_the_best_class_alone(model: MTPModel, prompts:
 
 
 def test_stats_of_ordinary_decoding(model: MTPModel, prompts: list[Tensor]) -> None:
-    stats = generate(model, prompts, 7).stats
+    stats = generate(model, prompts, 7, n_draft=0).stats
     assert (stats.n_forward, stats.n_tokens, stats.n_drafted, stats.n_accepted) == (7, 28, 0, 0)
-    assert stats.histogram == (28,) and stats.acceptance_rate_per_position == ()
+    assert stats.histogram == (24,) and stats.acceptance_rate_per_position == ()
     assert (stats.tokens_per_forward, stats.mean_acceptance_length, stats.draft_acceptance_rate) == (1.0, 1.0, 0.0)
 
 
 def test_stats_by_hand() -> None:
-    """Four steps with three drafts each, of which 0, 3, 1 and 3 were accepted; the last emitted only two tokens."""
-    stats = DecodingStats(n_forward=4, n_tokens=1 + 4 + 2 + 2, n_drafted=12, histogram=(1, 1, 0, 2))
+    """The prompt's forward and four rounds of three drafts, of which 0, 3, 1 and 3 were accepted; the last emitted only
+    two tokens."""
+    stats = DecodingStats(n_forward=5, n_tokens=1 + 1 + 4 + 2 + 2, n_drafted=12, histogram=(1, 1, 0, 2), n_first=1)
     assert stats.n_accepted == 7
     assert stats.tokens_per_forward == 9 / 4
     assert stats.mean_acceptance_length == 1 + 7 / 4
@@ -233,7 +236,9 @@ def test_no_graph_and_no_change_of_mode(model: MTPModel, prompts: list[Tensor]) 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"n_draft": 2}, NotImplementedError, "speculative decoding is not implemented yet"),
+        ({"n_draft": 3}, ValueError, r"n_draft must be at most 2 with 3 heads \(heads 2 to n draft\), got 3"),
+        ({"n_draft": "auto"}, TypeError, "n_draft must be an int, got 'auto'"),
+        ({"draft": "beam"}, ValueError, "draft must be one of greedy, sample, got 'beam'"),
         ({"n_draft": -1}, ValueError, "n_draft must not be negative"),
         ({"max_new_tokens": -1}, ValueError, "max_new_tokens must not be negative"),
         ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int"),
@@ -254,7 +259,3 @@ def test_errors_name_the_argument(
     call: Callable[..., GenerationOutput] = generate
     with pytest.raises(error, match=message):
         call(**({"model": model, "prompt": prompts, "max_new_tokens": 3} | change))
-
-
-def test_zero_drafts_are_ordinary_decoding(model: MTPModel, prompts: list[Tensor]) -> None:
-    assert as_lists(generate(model, prompts, 4, n_draft=0)) == as_lists(generate(model, prompts, 4))

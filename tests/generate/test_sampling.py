@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_ext.generate.sampling import Sampling
+from mtp_ext.generate.sampling import Sampling, draw
 
 PROBABILITIES = (0.1, 0.4, 0.05, 0.2, 0.25)
 
@@ -30,7 +30,6 @@ def test_temperature_is_a_power_of_the_probabilities() -> None:
 
 def test_temperature_0_is_the_most_likely_token() -> None:
     expect(Sampling().probabilities(logits(*PROBABILITIES)), 0, 1, 0, 0, 0)
-    assert Sampling().draw(logits(*PROBABILITIES)[None], None).tolist() == [1]
 
 
 def test_a_tiny_temperature_makes_no_nan() -> None:
@@ -75,7 +74,7 @@ def test_draws_follow_the_filtered_distribution() -> None:
     n = 50_000
     generator = torch.Generator().manual_seed(0)
     sampling = Sampling(1.0, top_k=3)
-    tokens = sampling.draw(logits(*PROBABILITIES).expand(n, -1), generator)
+    tokens = draw(sampling.probabilities(logits(*PROBABILITIES)).expand(n, -1), generator)
     assert set(tokens.tolist()) == {1, 3, 4}
     share = (tokens == 4).double().mean().item()
     expected = 0.25 / 0.85
@@ -88,17 +87,22 @@ def test_16_bit_logits_are_widened() -> None:
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(), Sampling(0.7, top_k=1), Sampling(0.7, top_k=5), Sampling(2.0, top_k=9, top_p=0.6), Sampling(1, 50)],
+    [Sampling(0.7, top_k=1), Sampling(0.7, top_k=5), Sampling(2.0, top_k=9, top_p=0.6), Sampling(1, 50)],
     ids=str,
 )
-def test_a_draw_from_the_best_is_a_draw_from_all(sampling: Sampling) -> None:
-    """The same tokens for the same generator."""
+def test_the_best_alone_give_the_same_probabilities(sampling: Sampling) -> None:
     scores = torch.randn(200, 50, dtype=torch.float64)
     assert sampling.n_best is not None
     best = scores.topk(sampling.n_best)
-    of_all = sampling.draw(scores, torch.Generator().manual_seed(3))
-    of_best = sampling.draw_from_best(best.values, best.indices, 50, torch.Generator().manual_seed(3))
-    assert torch.equal(of_best, of_all) and (sampling.n_best == 1 or len(of_all.unique()) > 5)
+    of_best = sampling.probabilities_of_best(best.values, best.indices, 50)
+    torch.testing.assert_close(of_best, sampling.probabilities(scores), rtol=1e-14, atol=0)
+
+
+def test_draws_keep_the_leading_dimensions_and_need_no_sum() -> None:
+    weights = torch.zeros(2, 3, 5)
+    weights[..., 4] = 7
+    weights[1, 0, 4], weights[1, 0, 2] = 0, 0.1
+    assert draw(weights, None).tolist() == [[4, 4, 4], [2, 4, 4]]
 
 
 def test_only_top_k_and_temperature_0_leave_the_rest_unread() -> None:

@@ -1,4 +1,4 @@
-"""``mtp generate``: continues a text with a trained model, token by token."""
+"""``mtp generate``: continues a text with a trained model, as it is decoded."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ class GenerateCommand:
     """A file with the text to continue."""
     max_new_tokens: int = 128
     """Maximum number of tokens to add."""
+    n_draft: int | None = None
+    """Tokens that heads 2 to n draft in each round, for head 1 to verify: the text is as likely as without, in fewer
+    forwards. 0: one token at a time. Default: every head drafts."""
     temperature: float = 0.7
     """0 always takes the most likely token; higher values sample more freely."""
     top_k: int | None = None
@@ -63,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
         saved.model,
         torch.tensor([ids], device=compute.device),
         min(command.max_new_tokens, room),
-        n_draft=0,
+        n_draft=command.n_draft,
         temperature=command.temperature,
         top_k=command.top_k,
         top_p=command.top_p,

@@ -1,17 +1,24 @@
-"""Ordinary decoding: one token per step, from head 1, with a key-value cache."""
+"""Decoding by head 1, with drafts from the other heads, and a key-value cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_ext.generate.acceptance import Drafts, Verdict
+from mtp_ext.generate.round import Round
+from mtp_ext.generate.rows import OnTokens, Rows
 from mtp_ext.generate.sampling import Sampling
 from mtp_ext.generate.stats import DecodingStats
-from mtp_ext.nn import KVCache, MTPModel
+from mtp_ext.nn.multi_token_model import MultiTokenModel
+from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
+
+DRAFTS = ("greedy", "sample")
 
 
 @dataclass(frozen=True)
@@ -30,97 +37,89 @@ class GenerationOutput:
 
 @torch.no_grad()
 def generate(
-    model: MTPModel,
+    model: MultiTokenModel,
     prompt: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     *,
     n_draft: int | None = None,
+    draft: str = "greedy",
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     eos_token: int | None = None,
     generator: torch.Generator | None = None,
-    on_tokens: Callable[[int, list[int]], None] | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> GenerationOutput:
     """Continues each prompt by up to ``max_new_tokens`` tokens.
 
+    Drafting changes how many tokens a forward gives, not which: greedy decoding gives the tokens of ordinary greedy
+    decoding (except for ties within rounding, because several tokens are read at once), and sampled tokens have the
+    distribution of ordinary sampling.
+
     Args:
-        model: The model.
+        model: The model; a :class:`mtp_ext.nn.ComposedModel` if its trunk has a method ``context(tokens, document_ids,
+            cache)``. Its heads must keep what they know of earlier tokens in that cache, or work token by token.
         prompt: ``[B, P]`` int64 or int32, or ``B`` 1-d tensors of length at least 1.
         max_new_tokens: Maximum number of tokens to add to each row.
-        n_draft: Drafts per step; only ordinary decoding is implemented: 0 or None.
+        n_draft: Tokens that heads 2 to ``n_draft + 1`` draft in each round, for head 1 to verify in the next; 0 is
+            ordinary decoding. Default: all heads, 0 where heads read the tokens that they would draft.
+        draft: How drafts are proposed at a ``temperature`` above 0: "greedy", each head's most likely token, accepted
+            with its probability, or "sample", drawn from the head's distribution.
         temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is sampled.
         top_k: Sample from the ``k`` most likely tokens.
         top_p: Sample from the smallest set of most likely tokens whose probabilities sum to at least ``p``.
         eos_token: Ends a row.
         generator: Random generator on the model's device; default torch's global one.
-        on_tokens: Called with a row's index and its new tokens as soon as they are known.
+        on_tokens: Called with a row's index and the tokens that a round adds to it.
     Returns:
         :class:`GenerationOutput`.
     Raises:
         TypeError, ValueError: A wrong argument, or a prompt that leaves no room for the new tokens in ``max_seq_len``.
-        NotImplementedError: ``n_draft > 0``.
     """
+    model.check_decoding()
     prompts = _checked_prompts(model, prompt)
-    _check_counts(model, prompts, max_new_tokens, n_draft)
-    rows = _Rows(len(prompts), max_new_tokens, eos_token, on_tokens)
+    _check_room(model, prompts, max_new_tokens)
+    n_draft = _checked_n_draft(model, n_draft)
+    if draft not in DRAFTS:
+        raise ValueError(f"draft must be one of {', '.join(DRAFTS)}, got {draft!r}")
+    sampling = Sampling(temperature, top_k, top_p)
+    rows = Rows(len(prompts), n_draft, max_new_tokens, eos_token, on_tokens)
     if max_new_tokens > 0:
-        _decode(model, prompts, rows, Sampling(temperature, top_k, top_p), generator)
-    tokens = [torch.tensor(new, dtype=torch.int64, device=prompts[0].device) for new in rows.tokens]
-    n_tokens = sum(len(new) for new in rows.tokens)
-    return GenerationOutput(tokens, DecodingStats(rows.n_forward, n_tokens, n_drafted=0, histogram=(n_tokens,)))
+        draws_drafts = draft == "sample" and temperature > 0
+        _decode(Round(model, sampling, n_draft, draws_drafts, generator), prompts, rows)
+    device = prompts[0].device
+    return GenerationOutput(
+        [torch.tensor(row.tokens, dtype=torch.int64, device=device) for row in rows.rows], rows.stats
+    )
 
 
-def _decode(
-    model: MTPModel, prompts: list[Tensor], rows: _Rows, sampling: Sampling, generator: torch.Generator | None
-) -> None:
-    """Fills ``rows``; finished rows continue as padding until the last one ends."""
-    lengths = [len(p) for p in prompts]
-    cache = KVCache(len(prompts), max(lengths) + rows.max_new_tokens)
-    hidden = model.next_token_hidden(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True), cache, lengths)
-    while rows.add(tokens := _draw(model, hidden, sampling, generator)):
-        hidden = model.next_token_hidden(tokens[:, None], cache, [1] * len(prompts))
+def _decode(round_: Round, prompts: list[Tensor], rows: Rows) -> None:
+    """Fills ``rows``; rows that have ended continue as padding until the last one ends."""
+    decided = [len(prompt) for prompt in prompts]  # tokens of each row that a forward reads besides drafts
+    cache = KVCache(len(prompts), max(decided) + rows.max_new_tokens - 1)  # the last token is never read
+    tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    first, drafts = torch.tensor(decided, device=tokens.device) - 1, Drafts(tokens[:, :0])
+    while True:
+        verdict, following = round_.run(tokens, first, drafts, cache)
+        new = _emitted(drafts, verdict)
+        rows.add(new, drafts.tokens.shape[1])
+        if not rows.running:
+            return
+        cache.advance([n + len(row) - 1 for n, row in zip(decided, new, strict=True)])
+        cache.follow(rows.running)
+        drafts = following.first(cache.capacity - cache.max_length - 1)
+        tokens = torch.cat([verdict.token[:, None], drafts.tokens], dim=1)
+        decided, first = [1] * len(prompts), torch.zeros_like(first)
 
 
-def _draw(model: MTPModel, hidden: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """Draws one token per row of head 1's normed output ``[B, D]``: ``[B]`` int64."""
-    if sampling.n_best is None:
-        return sampling.draw(model.heads.logits(1, hidden), generator)
-    vocab_size = model.config.vocab_size
-    logits, classes = model.heads.best_classes(1, hidden, min(sampling.n_best, vocab_size))
-    return sampling.draw_from_best(logits, classes, vocab_size, generator)
+def _emitted(drafts: Drafts, verdict: Verdict) -> list[list[int]]:
+    """Reads each row's accepted drafts and the token after them to the host: the only wait of a round."""
+    at = verdict.n_accepted[:, None]
+    tokens = F.pad(drafts.tokens, (0, 1)).scatter(1, at, verdict.token[:, None])
+    return [row[1 : row[0] + 2] for row in torch.cat([at, tokens], dim=1).tolist()]
 
 
-class _Rows:
-    """The new tokens of each row, and the rows that are still running."""
-
-    def __init__(
-        self,
-        n_rows: int,
-        max_new_tokens: int,
-        eos_token: int | None,
-        on_tokens: Callable[[int, list[int]], None] | None,
-    ) -> None:
-        self.max_new_tokens, self.eos_token, self.on_tokens = max_new_tokens, eos_token, on_tokens
-        self.tokens: list[list[int]] = [[] for _ in range(n_rows)]
-        self.running = set(range(n_rows))
-        self.n_forward = 0
-
-    def add(self, tokens: Tensor) -> bool:
-        """Adds one forward's tokens ``[B]``; returns True if another forward is needed."""
-        self.n_forward += 1
-        for row, token in enumerate(tokens.tolist()):
-            if row not in self.running:
-                continue
-            self.tokens[row].append(token)
-            if self.on_tokens is not None:
-                self.on_tokens(row, [token])
-            if token == self.eos_token or len(self.tokens[row]) == self.max_new_tokens:
-                self.running.remove(row)
-        return bool(self.running)
-
-
-def _checked_prompts(model: MTPModel, prompt: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def _checked_prompts(model: MultiTokenModel, prompt: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Checks the prompts and returns them as 1-d int64 tensors on the model's device."""
     if isinstance(prompt, Tensor) and prompt.dim() != 2:
         raise ValueError(f"prompt must be [B, P] or a list of 1-d tensors, got {describe(prompt)}")
@@ -131,25 +130,35 @@ def _checked_prompts(model: MTPModel, prompt: Tensor | Sequence[Tensor]) -> list
         check_tensor(f"prompt[{i}]", row, dtypes=INDEX_DTYPES, shape="[P]")
         if row.dim() != 1 or len(row) == 0:
             raise ValueError(f"prompt[{i}] must be 1-d with at least one token, got {describe(row)}")
-    device = model.embed.weight.device
+    device = next(model.parameters()).device
     return [row.to(device, torch.int64) for row in prompts]
 
 
-def _check_counts(model: MTPModel, prompts: list[Tensor], max_new_tokens: int, n_draft: int | None) -> None:
-    for name, count in (("max_new_tokens", max_new_tokens), ("n_draft", n_draft)):
-        if count is None and name == "n_draft":
-            continue
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{name} must be an int, got {count!r}")
-        if count < 0:
-            raise ValueError(f"{name} must not be negative, got {count}")
-    if n_draft:
-        raise NotImplementedError(
-            f"n_draft must be 0 or None, got {n_draft}: speculative decoding is not implemented yet"
-        )
-    longest, limit = max(len(p) for p in prompts), model.config.max_seq_len
-    if longest + max_new_tokens > limit:
+def _check_room(model: MultiTokenModel, prompts: list[Tensor], max_new_tokens: int) -> None:
+    _check_count("max_new_tokens", max_new_tokens)
+    longest, limit = max(len(p) for p in prompts), model.max_seq_len
+    if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"max_new_tokens must leave prompt and new tokens within max_seq_len={limit}, got a prompt of {longest} "
             f"tokens and max_new_tokens={max_new_tokens}"
         )
+
+
+def _checked_n_draft(model: MultiTokenModel, n_draft: int | None) -> int:
+    """Returns the number of drafts, with the default filled in."""
+    heads = model.heads
+    most = 0 if heads.reads_tokens else heads.n_heads - 1
+    if n_draft is None:
+        return most
+    _check_count("n_draft", n_draft)
+    if n_draft > most:
+        why = "its heads read the tokens that they would draft" if heads.reads_tokens else "heads 2 to n draft"
+        raise ValueError(f"n_draft must be at most {most} with {heads.n_heads} heads ({why}), got {n_draft}")
+    return n_draft
+
+
+def _check_count(name: str, count: object) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name} must be an int, got {count!r}")
+    if count < 0:
+        raise ValueError(f"{name} must not be negative, got {count}")

@@ -54,21 +54,10 @@ class Sampling:
             -1, index[..., : self.top_k], self._of_best(ordered[..., : self.top_k])
         )
 
-    def draw(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draws one token per row of ``logits [B, V]``: ``[B]`` int64."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        return torch.multinomial(self.probabilities(logits), 1, generator=generator)[:, 0]
-
-    def draw_from_best(
-        self, logits: Tensor, classes: Tensor, vocab_size: int, generator: torch.Generator | None
-    ) -> Tensor:
-        """Like :meth:`draw`, from the :attr:`n_best` largest logits ``[B, k]`` in descending order, and their ids."""
-        if self.temperature == 0:
-            return classes[:, 0]
-        # Scattered over the vocabulary, so that a generator draws the same tokens as in draw().
-        probabilities = logits.new_zeros(len(logits), vocab_size).scatter_(-1, classes, self._of_best(logits))
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    def probabilities_of_best(self, logits: Tensor, classes: Tensor, vocab_size: int) -> Tensor:
+        """Like :meth:`probabilities`, from the :attr:`n_best` largest logits ``[R, k]`` in descending order, and their
+        ids; ``[R, V]``."""
+        return logits.new_zeros(len(logits), vocab_size).scatter_(-1, classes, self._of_best(logits))
 
     def _of_best(self, ordered: Tensor) -> Tensor:
         """Computes the probabilities of the tokens kept by top-k, from their logits in descending order."""
@@ -82,3 +71,8 @@ class Sampling:
     def _scaled(self, logits: Tensor) -> Tensor:
         """Divides by the temperature, after subtracting the maximum so that a tiny one does not overflow."""
         return (logits - logits.amax(-1, keepdim=True)) / self.temperature
+
+
+def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draws one token from each row of ``weights [..., V]``, which need not sum to 1: ``[...]`` int64."""
+    return torch.multinomial(weights.flatten(0, -2), 1, generator=generator).view(weights.shape[:-1])

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class DecodingStats:
-    """Counts of one call of :func:`mtp_ext.generate.generate`. A step is one forward of one unfinished row.
+    """Counts of one call of :func:`mtp_ext.generate.generate`. A round is one forward of one unfinished row, after that
+    of the prompt.
 
     Attributes:
         n_forward: Forwards of the model, including that of the prompt.
         n_tokens: Tokens emitted, over all rows.
-        n_drafted: Tokens drafted, over all rows.
-        histogram: ``histogram[i]`` is the number of steps that accepted ``i`` drafts, ``i = 0..`` drafts per step.
+        n_drafted: Tokens drafted and verified, over all rows.
+        histogram: ``histogram[i]`` is the number of rounds that accepted ``i`` drafts, ``i = 0..`` drafts per round.
+            Drafts beyond a row's end count, if they would have been accepted.
+        n_first: Tokens that the prompt's forward gave: one for each row.
+        rows: The same for each row alone.
     """
 
     n_forward: int
     n_tokens: int
     n_drafted: int
     histogram: tuple[int, ...]
+    n_first: int = 0
+    rows: tuple[DecodingStats, ...] = ()
+
+    @staticmethod
+    def of_rows(rows: Sequence[DecodingStats]) -> DecodingStats:
+        """Sums the rows of a batch, which share their forwards."""
+        return DecodingStats(
+            n_forward=max(row.n_forward for row in rows),
+            n_tokens=sum(row.n_tokens for row in rows),
+            n_drafted=sum(row.n_drafted for row in rows),
+            histogram=tuple(map(sum, zip(*(row.histogram for row in rows), strict=True))),
+            n_first=sum(row.n_first for row in rows),
+            rows=tuple(rows),
+        )
 
     @property
     def n_accepted(self) -> int:
@@ -28,12 +47,12 @@ class DecodingStats:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Mean tokens per step (per row, independent of the batch size); 0 without steps."""
-        return _ratio(self.n_tokens, sum(self.histogram))
+        """Mean tokens per round (per row, independent of the batch size); 0 without rounds."""
+        return _ratio(self.n_tokens - self.n_first, sum(self.histogram))
 
     @property
     def mean_acceptance_length(self) -> float:
-        """1 + accepted drafts per step: 1 for ordinary decoding."""
+        """1 + accepted drafts per round: 1 for ordinary decoding."""
         return 1.0 + _ratio(self.n_accepted, sum(self.histogram))
 
     @property
@@ -43,9 +62,9 @@ class DecodingStats:
 
     @property
     def acceptance_rate_per_position(self) -> tuple[float, ...]:
-        """The fraction of steps that accepted the draft at each position; empty for ordinary decoding."""
-        n_steps = sum(self.histogram)
-        return tuple(_ratio(sum(self.histogram[i:]), n_steps) for i in range(1, len(self.histogram)))
+        """The fraction of rounds that accepted the draft at each position; empty for ordinary decoding."""
+        n_rounds = sum(self.histogram)
+        return tuple(_ratio(sum(self.histogram[i:]), n_rounds) for i in range(1, len(self.histogram)))
 
 
 def _ratio(part: int, whole: int) -> float:

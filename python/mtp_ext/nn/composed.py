@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from mtp_ext.nn.heads.head import HeadModules, make_heads
 from mtp_ext.nn.heads.heads import Heads
 from mtp_ext.nn.multi_token_model import MultiTokenModel
+from mtp_ext.nn.transformer.attention import Attention
 from mtp_ext.nn.transformer.checks import check_document_ids
+from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
 
 
@@ -79,3 +81,20 @@ class ComposedModel(MultiTokenModel):
         if hidden.shape != (*tokens.shape, self.heads.width):
             raise ValueError(f"trunk must give [B, S, D] = {[*tokens.shape, self.heads.width]}, got {describe(hidden)}")
         return hidden
+
+    def check_decoding(self) -> None:
+        if not self._has_context or "cache" not in inspect.signature(self.trunk.context).parameters:  # type: ignore[arg-type]
+            raise TypeError(
+                "model must have a trunk that decodes, with a method context(tokens, document_ids, cache) such as "
+                f"mtp_ext.nn.transformer.trunk.Trunk's, got {type(self.trunk).__name__}"
+            )
+        layers = [module.layer for module in self.modules() if isinstance(module, Attention)]
+        if twice := sorted({layer for layer in layers if layers.count(layer) > 1}):
+            raise ValueError(
+                f"model must have a layer index of its own in each attention layer of trunk and heads, because the "
+                f"key-value cache is kept by it, got {twice[0]} twice"
+            )
+
+    def cached_context(self, tokens: Tensor, cache: KVCache) -> Any:
+        make: Callable[..., Any] = self.trunk.context  # type: ignore[assignment]
+        return make(tokens, None, cache=cache)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import pkgutil
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from mtp_ext.nn.heads.head import Head
 from mtp_ext.nn.heads.heads import Heads
 from mtp_ext.nn.heads.unembedding import ReplicatedUnembedding
 from mtp_ext.nn.multi_token_model import MultiTokenModel
-from mtp_ext.nn.schedules.head_stack import head_outputs
 from mtp_ext.nn.transformer.attention import AttentionContext
 from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.nn.transformer.layers import RMSNorm
@@ -133,18 +131,5 @@ class MTPModel(MultiTokenModel):
         hidden: Tensor = self.trunk(tokens, context=context)
         return hidden
 
-    def next_token_hidden(self, tokens: Tensor, cache: KVCache, counts: Sequence[int]) -> Tensor:
-        """Reads tokens into ``cache`` and returns head 1's normed output after the last token of each row.
-
-        Args:
-            tokens: ``[B, S]``, the next tokens of each row, padded on the right.
-            cache: The previous tokens; advanced by ``counts``.
-            counts: The number of real tokens among the ``S`` of each row, at least 1.
-        Returns:
-            ``[B, D]``, the input of :meth:`Heads.logits` and :meth:`Heads.best_classes`.
-        """
-        context = self.trunk.context(tokens, cache=cache)
-        normed = head_outputs(self.heads, self.trunk(tokens, context=context), context, active=(1,))[1]
-        cache.advance(counts)
-        last = torch.tensor(counts, device=tokens.device) - 1
-        return normed[torch.arange(len(counts), device=tokens.device), last]
+    def cached_context(self, tokens: Tensor, cache: KVCache) -> AttentionContext:
+        return self.trunk.context(tokens, cache=cache)

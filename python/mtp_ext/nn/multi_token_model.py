@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from mtp_ext.nn.heads.heads import Heads
 from mtp_ext.nn.schedules.dispatch import check_schedule
 from mtp_ext.nn.schedules.head_stack import head_outputs
 from mtp_ext.nn.schedules.targets import StepKeywords, Targets
+from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.ops.common.result import MultiTokenLoss
 
 if TYPE_CHECKING:
@@ -126,6 +127,33 @@ class MultiTokenModel(nn.Module):
         context = self.with_tokens_ahead(context, F.pad(tokens, (0, self.heads.n_heads - 1)))
         outputs = head_outputs(self.heads, self.run_trunk(tokens, document_ids, context), context)
         return torch.stack([self.heads.logits(k, output) for k, output in outputs.items()])
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest sequence that the trunk's configuration allows; None if it does not say."""
+        return getattr(getattr(self.trunk, "config", None), "max_seq_len", None)
+
+    def check_decoding(self) -> None:
+        """Raises TypeError or ValueError if the model cannot decode with a key-value cache."""
+
+    def cached_context(self, tokens: Tensor, cache: KVCache) -> Any:
+        """Checks tokens ``[B, S]`` that follow those in ``cache`` and returns the context shared by trunk and heads."""
+        raise NotImplementedError
+
+    def cached_outputs(self, tokens: Tensor, cache: KVCache, active: Collection[int]) -> dict[int, Tensor]:
+        """Reads tokens that follow those in ``cache``, which the caller advances.
+
+        Args:
+            tokens: ``[B, S]``, the next tokens of each row, padded on the right.
+            cache: Keys and values of the previous tokens. Those of ``tokens`` are added, for the trunk and for the
+                heads that run.
+            active: Heads that are wanted, ``1..n``.
+        Returns:
+            Their normed outputs ``[B, S, D]`` by head, the input of :meth:`Heads.logits` and
+            :meth:`Heads.best_classes`.
+        """
+        context = self.cached_context(tokens, cache)
+        return head_outputs(self.heads, self.run_trunk(tokens, None, context), context, active)
 
 
 def _copy_shared(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -89,6 +89,13 @@ class Heads(nn.Module):
         return weight.shape[-2]
 
     @property
+    def shares_unembedding(self) -> bool:
+        """True if all heads have one unembedding."""
+        weight = self._borrowed[0].weight
+        assert isinstance(weight, Tensor)
+        return weight.dim() == 2
+
+    @property
     def unembedding(self) -> Tensor:
         """The unembedding, ``[V, D]`` shared by all heads, or ``[n, V, D]``."""
         unembed, embed = self._borrowed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -71,3 +71,11 @@ class KVCache:
     def advance(self, counts: Sequence[int]) -> None:
         """Advances row ``b`` by the first ``counts[b]`` of the tokens last written."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def follow(self, running: Collection[int]) -> None:
+        """Gives all other rows, whose tokens are no longer wanted, the length of the longest of these.
+
+        Such a row neither takes room nor makes lengths differ, so that a forward needs no mask where it needed none.
+        """
+        longest = max(self.lengths[row] for row in running)
+        self.lengths = [length if row in running else longest for row, length in enumerate(self.lengths)]

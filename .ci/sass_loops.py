@@ -114,7 +114,9 @@ def longest_path(body: Sequence[Instruction]) -> int:
 
 def fence_after_stores(code: Sequence[Instruction]) -> bool:
     """True if a memory barrier follows the last wide global store of a loop that writes a gradient."""
-    stores = [x.address for loop in loops_of(code) if loop.kind == "gradient" for x in loop.body if "STG" in x.operation]
+    stores = [
+        x.address for loop in loops_of(code) if loop.kind == "gradient" for x in loop.body if "STG" in x.operation
+    ]
     return bool(stores) and any(x.operation.startswith("MEMBAR") and x.address > max(stores) for x in code)
 
 

@@ -203,4 +203,4 @@ def test_the_extension_holds_no_path_of_the_machine_that_built_it() -> None:
 def test_constraints_pin_every_dependency() -> None:
     pinned = set(re.findall(r"^([A-Za-z0-9_.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     names = {re.split(r"[^A-Za-z0-9_.-]", r)[0] for r in importlib.metadata.requires("mtp_ext") or []}
-    assert names and names - pinned == set()
+    assert names - pinned == {"mtp_ext"}  # an extra that holds another one

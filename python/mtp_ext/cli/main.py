@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": Command("continue a text with a trained model", "mtp_ext.cli.generate"),
     "evaluate": Command("measure a trained model on held-out text", "mtp_ext.cli.evaluate"),
     "bench": Command("time the fused loss against plain torch", "mtp_ext.cli.bench"),
+    "plan": Command("plan the memory of a training step", "mtp_ext.cli.plan"),
     "info": Command("show how mtp_ext was built and what this machine offers", "mtp_ext.cli.info"),
 }
 

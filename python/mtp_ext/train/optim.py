@@ -60,6 +60,10 @@ class Optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+    def tensors(self) -> list[Any]:
+        """Returns the values of every parameter's state, tensors and others."""
+        return [x for o in self._optimizers for state in o.state.values() for x in state.values()]
+
     def state_dict(self) -> list[dict[str, Any]]:
         """Returns the state of every optimiser."""
         return [optimizer.state_dict() for optimizer in self._optimizers]

@@ -63,19 +63,7 @@ def train_step(
     totals = HeadTotals(weights, skips_zeros=True)
     counts = [targets_of_heads(batch, model.config.n_future) for batch in batches]
     for batch, count, share in zip(batches, counts, head_weights(counts, weights), strict=True):
-        tokens, labels, document_ids = (t.to(compute.device, non_blocking=True) for t in batch)
-        with compute.autocast():
-            result = model(
-                tokens,
-                labels=labels,
-                document_ids=document_ids,
-                head_weights=share.tolist(),  # floats, not a device tensor: heads of weight 0 are then skipped
-                schedule=schedule,
-                max_valid=count,
-            )
-        assert isinstance(result, MultiTokenLoss)
-        result.loss.backward()  # type: ignore[no-untyped-call]
-        totals.add(result)
+        totals.add(backward(model, batch, compute, schedule, share.tolist(), count))
     grad_norm = float(optimizers.clip_gradients())
     heads = totals.metrics()
     if not (heads.is_finite and math.isfinite(grad_norm)):
@@ -83,6 +71,31 @@ def train_step(
         raise NotFiniteError(f"the loss is not finite (per head: {losses}; gradient norm: {grad_norm:.4g})")
     optimizers.step(factor)
     return StepResult(heads, grad_norm, tuple(weights), factor)
+
+
+def backward(
+    model: MTPModel, batch: Batch, compute: Compute, schedule: str, weights: Sequence[float], counts: list[int]
+) -> MultiTokenLoss:
+    """Adds a micro-batch's gradients to those of the parameters.
+
+    Args:
+        model, batch, compute, schedule: As in :func:`train_step`.
+        weights: The heads' weights; floats, not a device tensor: heads of weight 0 are then skipped.
+        counts: The heads' targets.
+    """
+    tokens, labels, document_ids = (t.to(compute.device, non_blocking=True) for t in batch)
+    with compute.autocast():
+        result = model(
+            tokens,
+            labels=labels,
+            document_ids=document_ids,
+            head_weights=weights,
+            schedule=schedule,
+            max_valid=counts,
+        )
+    assert isinstance(result, MultiTokenLoss)
+    result.loss.backward()  # type: ignore[no-untyped-call]
+    return result
 
 
 def head_weights(counts: Sequence[Sequence[int]], weights: Sequence[float] | None) -> list[Tensor]:

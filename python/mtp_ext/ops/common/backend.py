@@ -143,10 +143,14 @@ class CpuBackend(Backend):
     def constants(self, values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
+    def is_one(self, by: Tensor) -> bool:
+        """Returns True if ``by`` is known to be 1, as the gradient of a loss that is not scaled."""
+        return can_read(by) and by.item() == 1.0
+
     def scaled(
         self, grads: Sequence[Tensor | None], by: Tensor, dtypes: Sequence[torch.dtype | None]
     ) -> list[Tensor | None]:
-        if can_read(by) and by.item() == 1.0:
+        if self.is_one(by):
             return [x if x is None or x.dtype == d else x.to(d) for x, d in zip(grads, dtypes, strict=True)]
         return super().scaled(grads, by, dtypes)
 

@@ -13,7 +13,7 @@ from mtp_ext import _C
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``torch.empty``; large CPU tensors use huge pages if available (see ``csrc/cpu/huge_pages.h``)."""
     x = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and x.nbytes >= _C.HUGE_PAGE_BYTES:
+    if type(x) is Tensor and device.type == "cpu" and x.nbytes >= _C.HUGE_PAGE_BYTES:  # a fake one has no address
         _C.advise_huge_pages(x.data_ptr(), x.nbytes)
     return x
 

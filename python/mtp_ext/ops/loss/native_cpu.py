@@ -13,10 +13,14 @@ from mtp_ext.ops.common import checks
 from mtp_ext.ops.common.backend import backend_of
 from mtp_ext.ops.common.result import RowTables
 from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs, WeightSums, saved_grad_dtype
+from mtp_ext.ops.loss.chunk_size import chunk_size
 from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 
 # FusedLossFlag in csrc/ops/fused_loss_cpu.cpp.
 FLAG_MEASURES, FLAG_HIDDEN, FLAG_WEIGHT, FLAG_BIAS, FLAG_ACCUMULATE, FLAG_WIDEN = (1 << i for i in range(6))
+N_TENSORS = 9  # of LossCall.pack()
+KEPT_BYTES = 256 << 20  # kKeptBytes in csrc/cpu/workspace.h: the largest block of logits kept between calls
+TILE_ROWS = 4096  # kTileRows in csrc/ops/chunk_gemms_cpu.cpp: rows of the weight widened at once
 
 
 class HeadSums(NamedTuple):
@@ -79,7 +83,7 @@ def fused_loss(
 def _(
     hidden: Sequence[Tensor],
     weight: Tensor,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
     options: Sequence[float],
     sizes: Sequence[int],
     compute_dtype: torch.dtype,
@@ -87,7 +91,9 @@ def _(
     sums: Sequence[Tensor],
 ) -> tuple[list[Tensor], int]:
     acc = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    n, table = sizes[1], (sizes[1], tensors[0].shape[0], sizes[0])
+    n, labels = sizes[1], tensors[0]
+    assert labels is not None
+    table = (n, labels.shape[0], sizes[0])
 
     def new(*shape: int, dtype: torch.dtype = acc) -> Tensor:
         return weight.new_empty(shape, dtype=dtype)
@@ -96,10 +102,35 @@ def _(
     if flags & FLAG_MEASURES:
         results += [new(n), new(n, dtype=torch.int64), new(n)]
         results += RowTables.zeros(*table, dtype=acc, device=weight.device)
-    results += [new(*weight.shape)] if flags & FLAG_WEIGHT else []
-    results += [new(weight.shape[-2])] if flags & FLAG_BIAS else []
+    sums = tensors[N_TENSORS:] or (None, None)  # as fused_loss appends them
+    results += [new(*weight.shape) if sums[0] is None else sums[0]] if flags & FLAG_WEIGHT else []
+    results += [new(weight.shape[-2]) if sums[1] is None else sums[1]] if flags & FLAG_BIAS else []
     results += [h.new_empty(h.shape, dtype=saved_grad_dtype(h)) for h in hidden] if flags & FLAG_HIDDEN else []
     return results, -1
+
+
+def scratch_bytes(
+    hidden: Sequence[Tensor],
+    weight: Tensor,
+    tensors: Sequence[Tensor | None],
+    options: Sequence[float],
+    sizes: Sequence[int],
+    compute_dtype: torch.dtype,
+    flags: int,
+) -> tuple[int, int]:
+    """Counts the bytes that a call of the operator, with all its rows, allocates beside its results.
+
+    Returns:
+        The chunk of logits, which is kept for the next call up to ``KEPT_BYTES``, and the operands of its products.
+    """
+    (vocab_size, width), heads = weight.shape[-2:], sizes[1]
+    widens = bool(flags & FLAG_WIDEN)
+    item = torch.float32.itemsize if widens else compute_dtype.itemsize
+    rows = sum(h.numel() for h in hidden) // width // (heads if weight.dim() == 3 else 1)
+    chunk = chunk_size(rows, vocab_size, item, chunk_rows=sizes[4] or None, workspace_bytes=sizes[5] or None)
+    copied = min(TILE_ROWS, vocab_size) if widens else vocab_size * (weight.dtype != compute_dtype)
+    copies = 2 * chunk * (heads > 1 or widens or hidden[0].dtype != compute_dtype)  # rows picked, and their gradient
+    return chunk * vocab_size * item, (copied + copies) * width * item
 
 
 def check_max_valid(call: LossCall, weight: Tensor) -> None:

@@ -18,7 +18,6 @@ from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 
 # FusedLossFlag in csrc/ops/fused_loss_cpu.cpp.
 FLAG_MEASURES, FLAG_HIDDEN, FLAG_WEIGHT, FLAG_BIAS, FLAG_ACCUMULATE, FLAG_WIDEN = (1 << i for i in range(6))
-N_TENSORS = 9  # of LossCall.pack()
 KEPT_BYTES = 256 << 20  # kKeptBytes in csrc/cpu/workspace.h: the largest block of logits kept between calls
 TILE_ROWS = 4096  # kTileRows in csrc/ops/chunk_gemms_cpu.cpp: rows of the weight widened at once
 
@@ -102,9 +101,9 @@ def _(
     if flags & FLAG_MEASURES:
         results += [new(n), new(n, dtype=torch.int64), new(n)]
         results += RowTables.zeros(*table, dtype=acc, device=weight.device)
-    sums = tensors[N_TENSORS:] or (None, None)  # as fused_loss appends them
-    results += [new(*weight.shape) if sums[0] is None else sums[0]] if flags & FLAG_WEIGHT else []
-    results += [new(weight.shape[-2]) if sums[1] is None else sums[1]] if flags & FLAG_BIAS else []
+    given = iter(sums)  # buffers of the needed gradients, or none
+    results += [next(given) if sums else new(*weight.shape)] if flags & FLAG_WEIGHT else []
+    results += [next(given) if sums else new(weight.shape[-2])] if flags & FLAG_BIAS else []
     results += [h.new_empty(h.shape, dtype=saved_grad_dtype(h)) for h in hidden] if flags & FLAG_HIDDEN else []
     return results, -1
 
@@ -117,6 +116,7 @@ def scratch_bytes(
     sizes: Sequence[int],
     compute_dtype: torch.dtype,
     flags: int,
+    sums: Sequence[Tensor],
 ) -> tuple[int, int]:
     """Counts the bytes that a call of the operator, with all its rows, allocates beside its results.
 

@@ -52,6 +52,20 @@ def test_unequal_copies_are_refused(make_model: Make) -> None:
         convert(model, variant="shared")
 
 
+def test_a_final_norm_is_shared_while_copies_are_equal(make_model: Make, make_batch: Make) -> None:
+    tokens, _ = make_batch(2)
+    model = make_model(2, shared_final_norm=True)
+    own = convert(model, shared_final_norm=False)
+    assert not own.config.one_final_norm and own.heads.norm is None
+    back = convert(own, shared_final_norm=True)
+    for other in (own, back):
+        assert torch.equal(other.all_logits(tokens), model.all_logits(tokens))
+    with torch.no_grad():
+        own.heads.head(2).norm.weight[0] += 1
+    with pytest.raises(ValueError, match="model must have equal final norms to share one, but that of head 2"):
+        convert(own, shared_final_norm=True)
+
+
 @pytest.mark.parametrize("pair", [("parallel", "causal"), ("causal", "anticausal"), ("linear", "parallel")])
 def test_architectures_that_differ_are_refused(pair: tuple[str, str], make_model: Make) -> None:
     with pytest.raises(ValueError, match=f"variant must be equivalent to '{pair[0]}' with n_future=2, got '{pair[1]}'"):

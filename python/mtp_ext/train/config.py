@@ -78,10 +78,16 @@ class ModelConfig:
     """One final RMSNorm for all heads instead of one each."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
 
     def __post_init__(self) -> None:
         sizes = ("n_future", "d_model", "n_layers", "n_attn_heads", "n_kv_heads", "d_ff", "max_seq_len")
         _check_at_least(1, "model.", self, *sizes)
+
+    def longest(self, seq_len: int) -> int:
+        """Returns the model's maximum sequence length for a training sequence length (tokens)."""
+        return max(seq_len, self.max_seq_len or 4 * seq_len)
 
     def build(self, vocab_size: int, seq_len: int) -> MTPConfig:
         """Builds the model's configuration for a vocabulary and a training sequence length (tokens).
@@ -90,7 +96,7 @@ class ModelConfig:
             TypeError, ValueError: As for `MTPConfig`.
         """
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        given["max_seq_len"] = max(seq_len, self.max_seq_len or 4 * seq_len)
+        given["max_seq_len"] = self.longest(seq_len)
         preset = given.pop("preset", None)
         if preset is not None:
             return MTPConfig.preset(preset, vocab_size=vocab_size, **given)
@@ -273,6 +279,9 @@ class TrainConfig:
     """CPU threads (default: torch's choice)."""
     cache: Path | None = field(default=None, metadata=FREE)
     """Directory of tokenised corpora (default: the user's cache directory)."""
+    init_from: Path | None = None
+    """Start from the weights of a checkpoint, of a run or of a Hugging Face model's directory (Llama, Mistral), instead
+    of random ones; optimiser, data order and steps start anew. The options of the model must match."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

@@ -18,6 +18,7 @@ from mtp_ext.train.config_file import write_config
 from mtp_ext.train.data import Dataset, prepare_data
 from mtp_ext.train.device import Compute, choose_compute
 from mtp_ext.train.evaluate import Evaluation
+from mtp_ext.train.initial_weights import load_initial_weights
 from mtp_ext.train.loop import Loop, TrainingFailedError, reason
 from mtp_ext.train.progress import Ending
 from mtp_ext.train.report import summary
@@ -78,18 +79,25 @@ def _train(
 ) -> Outcome:
     """Trains in a directory that is locked for the run."""
     display = Display(console)
-    cache = config.cache or default_cache()
+    cache, initial = config.cache or default_cache(), None
+    if config.init_from is not None and checkpoint is None:
+        initial = load_initial_weights(config.init_from, config.model.longest(config.batch.seq_len))
     if checkpoint is None:
         dataset = prepare_data(config.data, cache)
     else:
         dataset = find_dataset(checkpoint, config.data, cache, REMEDY)
     torch.manual_seed(config.seed)
-    model = MTPModel(config.model.build(dataset.tokenizer.vocab_size, config.batch.seq_len)).to(compute.device)
-    trainer = Trainer(config, directory, dataset, model, compute)
+    model = MTPModel(config.model.build(dataset.tokenizer.vocab_size, config.batch.seq_len))
+    if initial is not None:
+        initial.load_into(model, dataset.tokenizer)
+    trainer = Trainer(config, directory, dataset, model.to(compute.device), compute)
     if checkpoint is not None:
         trainer.load(checkpoint)
     write_config(config, directory)
     display.say(_headline(dataset, model, compute.describe(), directory))
+    if initial is not None:
+        unknown = "" if initial.tokenizer else " (no tokenizer.json beside them to compare)"
+        display.say(f"weights    from {initial.origin}{unknown}")
     n_tokens, seq_len = dataset.split("train").n_tokens, config.batch.seq_len
     if seq_len > n_tokens:
         display.say(

@@ -13,10 +13,17 @@ from mtp_ext.nn.model import MTPModel
 _BY_LAYERS = ("parallel", "causal", "anticausal")
 
 
-def convert(model: MTPModel, *, variant: str | None = None, replicate_unembedding: bool | None = None) -> MTPModel:
+def convert(
+    model: MTPModel,
+    *,
+    variant: str | None = None,
+    replicate_unembedding: bool | None = None,
+    shared_final_norm: bool | None = None,
+) -> MTPModel:
     """Returns a model of an equivalent architecture that computes the same function, with copies of the weights.
 
-    - A shared unembedding becomes ``n`` equal ones (``replicate_unembedding=True``), and back if they are equal.
+    - A shared unembedding becomes ``n`` equal ones (``replicate_unembedding=True``), and back if they are equal; so
+      does a shared final norm (``shared_final_norm=False``).
     - "shared" becomes "replicated" with equal copies of unembedding and norm, and back if they are equal.
     - With one head, "parallel", "causal" and "anticausal" are the same architecture, and so are "replicated", "shared"
       and "sequential_modules".
@@ -26,6 +33,7 @@ def convert(model: MTPModel, *, variant: str | None = None, replicate_unembeddin
         variant: The architecture to convert to; default the model's own.
         replicate_unembedding: Whether each head gets its own unembedding; default as in the model, if the variant
             leaves a choice.
+        shared_final_norm: Whether the heads share the final norm; default likewise.
     Returns:
         A new model with the dtype, device and mode of ``model``.
     Raises:
@@ -35,7 +43,14 @@ def convert(model: MTPModel, *, variant: str | None = None, replicate_unembeddin
     variant = config.variant if variant is None else variant
     if replicate_unembedding is None:
         replicate_unembedding = config.replicate_unembedding
-    target = dataclasses.replace(config, variant=variant, replicate_unembedding=replicate_unembedding)
+    if shared_final_norm is None:
+        shared_final_norm = config.shared_final_norm
+    target = dataclasses.replace(
+        config,
+        variant=variant,
+        replicate_unembedding=replicate_unembedding,
+        shared_final_norm=shared_final_norm,
+    )
     if variant == "replicated":  # always replicates: keep one form of the configuration
         target = dataclasses.replace(target, replicate_unembedding=False)
     _check_equivalent(config, target)

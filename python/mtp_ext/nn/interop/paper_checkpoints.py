@@ -53,7 +53,7 @@ def load_released(directory: Path | str, *, max_seq_len: int = 4096, dtype: torc
     config = _config(_read_params(directory), weights, max_seq_len)
     with torch.device("meta"):
         model = MTPModel(config)
-    state = _ours(weights, config)
+    state = from_reference_names(weights, config)
     if dtype is not None:
         state = {name: value.to(dtype) for name, value in state.items()}
     try:
@@ -95,7 +95,12 @@ def _layer_prefixes(config: MTPConfig) -> dict[str, str]:
     return prefixes | {f"heads.{k}.block.": f"extra_heads.{k - 1}." for k in range(1, config.n_future)}
 
 
-def _ours(weights: Mapping[str, Tensor], config: MTPConfig) -> dict[str, Tensor]:
+def from_reference_names(weights: Mapping[str, Tensor], config: MTPConfig) -> dict[str, Tensor]:
+    """Returns the state dict of a parallel model with a shared final norm, from weights under the reference's names.
+
+    Raises:
+        ValueError: A weight is missing or unexpected.
+    """
     left = {name: value for name, value in weights.items() if name not in COMPUTED}
     try:
         state = {ours: left.pop(theirs) for ours, theirs in TOP_NAMES.items()}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_ext import _C
 from mtp_ext.nn import MTPConfig, MTPModel
 from mtp_ext.nn.variants import VARIANTS
 from mtp_ext.plan import PlanBytes, plan
@@ -31,15 +32,16 @@ def make_config(variant: str, n_future: int, **changes: Any) -> MTPConfig:
 
 
 def make_plan(config: MTPConfig, **changes: Any) -> PlanBytes:
-    return plan(config, **({"batch_size": BATCH, "seq_len": SEQ, "dtype": "float32", "device": "cpu"} | changes)).bytes
+    given: dict[str, Any] = {"batch_size": BATCH, "seq_len": SEQ, "dtype": "float32", "device": "cpu"}
+    return plan(config, **(given | changes)).bytes
 
 
-def measure(config: MTPConfig, schedule: str, optimizer: str) -> int:
+def measure(config: MTPConfig, schedule: str, optimizer: Any = "adamw", dtype: str = "float32") -> int:
     """Bytes of resident memory that model, optimiser and two steps add; for a fresh process."""
     torch.set_num_threads(1)
     # Blocks go back to the system when they are freed: fragmentation is not what is planned.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 << 10)
-    compute = Compute(torch.device("cpu"), bfloat16=False)
+    compute = Compute(torch.device("cpu"), bfloat16=dtype == "bfloat16")
     warm = MTPConfig(64, 32, 2 + config.n_head_layers, 2, n_future=config.n_future, variant=config.variant)
     before = 0
     for shape, seq_len in ((warm, 8), (config, SEQ)):  # the first loads the libraries
@@ -64,7 +66,7 @@ GRID = [
 @pytest.mark.parametrize(("variant", "n_future", "schedule"), GRID)
 def test_the_peak_is_within_a_tenth_of_resident_memory(variant: str, n_future: int, schedule: str) -> None:
     config = make_config(variant, n_future)
-    measured = forked.call(measure, config, schedule, "adamw")
+    measured = forked.call(measure, config, schedule)
     planned = make_plan(config, schedule=schedule).peak
     assert abs(planned - measured) <= 0.1 * measured, f"{planned / MIB:.1f} planned, {measured / MIB:.1f} measured"
 
@@ -86,6 +88,16 @@ def test_the_categories_hold_what_they_say() -> None:
     assert found.logits == 128 * 500 * 4, "one head's rows are one chunk"
     parts = dataclasses.asdict(found)
     assert parts.pop("peak") == sum(parts.values())
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "joint"])
+@pytest.mark.parametrize("variant", ["parallel", "replicated"])
+def test_the_chunk_of_logits_is_the_one_that_the_loss_allocates(variant: str, schedule: str) -> None:
+    config = MTPConfig(3000, 16, 4, 2, n_future=2, variant=variant)  # two chunks, of unequal sizes in the schedules
+    model, labels = MTPModel(config), torch.randint(3000, (3, 402))
+    _C.release_workspace()
+    model(labels[:, :400], labels, schedule=schedule).loss.backward()
+    assert make_plan(config, batch_size=3, seq_len=400, schedule=schedule).logits == _C.release_workspace()
 
 
 def test_plain_torch_keeps_the_logits_of_all_heads() -> None:

@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every allocation and release of the operators that run in it.
 
     A storage that is never marked is a temporary (``"workspace"``). Logits are what is computed from the unembedding or
-    from other logits and has the vocabulary as its last dimension.
+    from other logits and has the vocabulary as its last dimension; where ``D = V``, so have hidden states' gradients.
 
     Args:
         vocab_size: ``V``.

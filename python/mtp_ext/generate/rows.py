@@ -50,9 +50,9 @@ class Rows:
         self.rows = [Row([0] * (n_draft + 1)) for _ in range(n_rows)]
 
     @property
-    def running(self) -> list[int]:
+    def running(self) -> set[int]:
         """Indices of the rows that have not ended."""
-        return [i for i, row in enumerate(self.rows) if row.running]
+        return {i for i, row in enumerate(self.rows) if row.running}
 
     @property
     def stats(self) -> DecodingStats:
@@ -66,7 +66,7 @@ class Rows:
             tokens: Of each row, the drafts that were accepted and the token after them.
             n_drafted: The number of drafts of each row.
         """
-        for i in self.running:
+        for i in sorted(self.running):
             row, new = self.rows[i], tokens[i]
             if row.tokens:  # the prompt's forward is no round
                 row.histogram[len(new) - 1] += 1

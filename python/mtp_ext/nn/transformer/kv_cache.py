@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class KVCache:
         """Advances row ``b`` by the first ``counts[b]`` of the tokens last written."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
-    def follow(self, running: Collection[int]) -> None:
+    def follow(self, running: AbstractSet[int]) -> None:
         """Gives all other rows, whose tokens are no longer wanted, the length of the longest of these.
 
         Such a row neither takes room nor makes lengths differ, so that a forward needs no mask where it needed none.

@@ -2,12 +2,14 @@
 
 Every ``csrc/kernels/*.cu`` compiles for every architecture, warnings and spills being errors. For the architectures of
 ``.ci/sass_table.txt`` the machine code of each kernel must have no stack frame and no local memory, at most the
-registers that its row of the table allows, and the 128-bit global accesses that the row names. A kernel without a row
-fails.
+registers that its row of the table allows, the 128-bit global accesses that the row names, and no memory barrier after
+the stores of a gradient. Its loops must keep to the row's budget of issue slots, on the longest way through them. A
+kernel without a row fails. ``--write`` writes the prediction that follows (``gpu_prediction.py``).
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -15,7 +17,12 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # the tests load this file by its path
+import gpu_prediction
+from sass_loops import Instruction, Loop, fence_after_stores, instructions_of, loops_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / ".ci" / "sass_table.txt"
@@ -33,6 +40,7 @@ class Rule:
     pattern: re.Pattern[str]  # of the demangled name
     registers: dict[str, int]  # architecture -> ceiling
     wide: tuple[str, ...]  # "load", "store"
+    budget: dict[str, float]  # kind of a loop -> issue slots; "loads" -> 128-bit loads before the first use
 
 
 @dataclass(frozen=True)
@@ -44,16 +52,48 @@ class Kernel:
     stack: int
     sass: str
 
+    @cached_property
+    def code(self) -> list[Instruction]:
+        """Its instructions, in the order of their addresses."""
+        return instructions_of(self.sass)
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """Its innermost loops with 128-bit accesses to memory."""
+        return [loop for loop in loops_of(self.code) if loop.count(r"(LDG|STG|LDS|STS).*128")]
+
+    def slots(self) -> dict[str, float]:
+        """Issue slots by kind of loop: per element of a row; of other kernels, per vector of 16 bytes.
+
+        Of several loops of one kind the cheapest, which is the unrolled one: another does what is left over.
+        """
+        width = 4 if "<float" in self.name else 8
+        tables = width // 2 if "(mtp::Logits)0" not in self.name else 0  # 128-bit loads of bias and class weights
+        found = dict[str, float]()
+        for loop in self.loops:
+            if loop.kind == "other" and "loss_rows" in self.name:
+                continue  # zeros for a row without a target
+            per = loop.slots / loop.vectors(1 + tables) / (1 if loop.kind == "other" else width)
+            found[loop.kind] = min(per, found.get(loop.kind, per))
+        return found
+
+    def loads_under_way(self) -> int:
+        """128-bit loads of the loop that reads rows from global memory, before the first use of one."""
+        return max((loop.loads_under_way for loop in self.loops if loop.kind in ("fill", "other")), default=0)
+
 
 def read_table(text: str) -> list[Rule]:
-    """Rows are ``pattern | registers per architecture | wide accesses``; the first row names the architectures."""
+    """Rows are ``pattern | registers per architecture | wide accesses | budget``; the first names the architectures."""
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line and line[0] != "#"]
     architectures = rows[0][1].split()
     return [
         Rule(
-            re.compile(pattern), dict(zip(architectures, map(int, ceilings.split()), strict=True)), tuple(wide.split())
+            re.compile(pattern),
+            dict(zip(architectures, map(int, ceilings.split()), strict=True)),
+            tuple(wide.split()),
+            {name: float(most) for name, most in (entry.split("=") for entry in budget.split())},
         )
-        for pattern, ceilings, wide in rows[1:]
+        for pattern, ceilings, wide, budget in rows[1:]
     ]
 
 
@@ -70,6 +110,23 @@ def problems(kernel: Kernel, architecture: str, rules: list[Rule]) -> list[str]:
     if kernel.registers > rule.registers[architecture]:
         found.append(f"it uses {kernel.registers} registers, {rule.registers[architecture]} are allowed")
     found += [f"it has no 128-bit global {kind}" for kind in rule.wide if not WIDE_ACCESS[kind].search(kernel.sass)]
+    return found + over_budget(kernel, rule)
+
+
+def over_budget(kernel: Kernel, rule: Rule) -> list[str]:
+    """Which loops have too many issue slots, or too few loads under way."""
+    found = []
+    if fence_after_stores(kernel.code):
+        found.append("a memory barrier follows the stores of its gradient")
+    slots = kernel.slots()
+    for kind, most in rule.budget.items():
+        if kind == "loads":
+            if kernel.loads_under_way() < most:
+                found.append(f"{kernel.loads_under_way()} loads are under way before the first use, {most:g} are due")
+        elif kind not in slots:
+            found.append(f"it has no loop of the kind {kind}")
+        elif slots[kind] > most:
+            found.append(f"its loop {kind} has {slots[kind]:.2f} issue slots, {most:g} are allowed")
     return found
 
 
@@ -99,7 +156,12 @@ def kernels_of(cubin: Path) -> list[Kernel]:
 
 
 def main() -> int:
-    sources = [ROOT / name for name in sys.argv[1:]] or sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sources", nargs="*", help="default: all of csrc/kernels")
+    parser.add_argument("--write", action="store_true", help="write docs/results/gpu-prediction.md")
+    arguments = parser.parse_args()
+    sources = [ROOT / name for name in arguments.sources] or sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
+    read = list[Kernel]()
     rules = read_table(TABLE.read_text())
     jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
     failed = checked = 0
@@ -117,12 +179,15 @@ def main() -> int:
                 continue
             for kernel in kernels_of(cubin):
                 checked += 1
+                read += [kernel] if architecture == gpu_prediction.ARCHITECTURE else []
                 for problem in problems(kernel, architecture, rules):
                     failed += 1
                     print(f"{source.name}, sm_{architecture}, {kernel.name}: {problem}")
     print(
         f"SASS gate: {len(sources)} files for sm_{', sm_'.join(ARCHITECTURES)}; {checked} kernels read, {failed} faults"
     )
+    if arguments.write:
+        gpu_prediction.write({kernel.name: (kernel.registers, kernel.slots()) for kernel in read})
     return 1 if failed or not checked else 0
 
 

@@ -22,4 +22,4 @@ if ! command -v cuobjdump >/dev/null || ! command -v nvdisasm >/dev/null; then
   fi
   PATH=$(dirname "$(find "$cache/venv" -name cuobjdump -type f | head -n 1)"):$PATH
 fi
-python3 .ci/sass_gate.py "$@"
+PYTHONPATH=python:${PYTHONPATH:-} python3 .ci/sass_gate.py "$@"

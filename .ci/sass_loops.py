@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,8 +117,3 @@ def fence_after_stores(code: Sequence[Instruction]) -> bool:
         x.address for loop in loops_of(code) if loop.kind == "gradient" for x in loop.body if "STG" in x.operation
     ]
     return bool(stores) and any(x.operation.startswith("MEMBAR") and x.address > max(stores) for x in code)
-
-
-def operations(code: Sequence[Instruction]) -> Counter[str]:
-    """How often each operation occurs."""
-    return Counter(x.operation for x in code)

@@ -123,6 +123,24 @@ def test_attention_by_definition(
     torch.testing.assert_close(context.attend(q, k, v), naive_attention(q, k, v, ids), rtol=1e-12, atol=1e-12)
 
 
+def test_documents_in_bfloat16() -> None:
+    """Each is padded to whole blocks of queries; neither its values nor its gradients see the padding."""
+    ids = torch.tensor([[0] * 70 + [1] * 90, [2] * 1 + [3] * 159])
+    q, k, v = (torch.randn(2, 160, heads, 8).bfloat16().requires_grad_() for heads in (4, 2, 2))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    context = AttentionContext.of_sequences(CONFIG, 160, ids, q.device, q.dtype)
+    assert context.segments == [70, 90, 1, 159]
+    found, expected = context.attend(q, k, v), naive_attention(*exact, ids)
+    incoming = torch.randn_like(found)
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+    for x, y in zip(
+        torch.autograd.grad(found, (q, k, v), incoming),
+        torch.autograd.grad(expected, exact, incoming.double()),
+        strict=True,
+    ):
+        assert (x.double() - y).norm() <= 0.01 * y.norm()
+
+
 def test_one_document_a_row_needs_no_mask_and_no_split() -> None:
     ids = torch.tensor([[3] * 100, [8] * 100])
     context = AttentionContext.of_sequences(CONFIG, 100, ids, torch.device("cpu"), torch.float32)

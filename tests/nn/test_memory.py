@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mtp_ext import _C
 from mtp_ext.nn import MTPConfig, MTPModel
+from mtp_ext.ops.common.backend import has_fast_bfloat16_gemm
 from tests.support import forked
 from tests.support.largest_tensor import LargestTensor
 
@@ -94,3 +95,29 @@ def test_tensors_alive_do_not_grow_with_the_heads(make_model: Make, make_batch: 
         tables = n_future * tokens.numel() * 64  # a row's index, loss, log-sum-exp, prediction and the like
         peaks[n_future] = allocated_peak(model, tokens, labels) - heads - tables
     assert peaks[8] <= peaks[1]
+
+
+def bytes_of_document_lengths(layouts: int) -> int:
+    """Resident bytes that steps with ``layouts`` lengths of documents add to the first; for a fresh process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = MTPModel(MTPConfig(vocab_size=100, d_model=64, n_layers=3, n_attn_heads=1, n_future=2))
+    tokens = torch.randint(100, (1, 512))
+
+    def step(first: int) -> None:
+        documents = (torch.arange(512) >= first).long()[None]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, tokens, document_ids=documents).loss
+        loss.backward()
+
+    step(100)
+    before = forked.peak_bytes()
+    for i in range(layouts):
+        step(101 + 3 * i)
+    return forked.peak_bytes() - before
+
+
+@pytest.mark.skipif(not has_fast_bfloat16_gemm(), reason="only bfloat16 GEMMs are compiled for each shape")
+def test_each_length_of_documents_compiles_no_gemms() -> None:
+    grown = forked.call(bytes_of_document_lengths, 60)  # 567 MiB where each length is a shape of its own
+    assert grown < 96 << 20, f"{grown >> 20} MiB"

@@ -17,6 +17,11 @@ from mtp_ext.ops.common.backend import can_read
 # tokens both take the same time.
 _MIN_MEAN_SEGMENT = 64
 
+# torch's CPU kernel takes queries in blocks of 32. In bfloat16 oneDNN compiles the products for every length and keeps
+# them, several MiB for each new length of a document. Documents are padded to whole blocks, which none of their tokens
+# sees.
+_QUERY_BLOCK = 32
+
 
 @dataclass(frozen=True)
 class AttentionContext:
@@ -78,8 +83,13 @@ class AttentionContext:
             # Lengths are only compared with a cache: under torch.compile they may be symbolic, which sdpa refuses here.
             sees_all = self.cache is not None and q.shape[1] != k.shape[1]
             return _attend(q, k, v, mask=self.mask, is_causal=self.mask is None and not sees_all)
-        q_parts, k_parts, v_parts = (torch.split(x.flatten(0, 1)[None], self.segments, dim=1) for x in (q, k, v))
-        parts = [_attend(*qkv, mask=None, is_causal=True) for qkv in zip(q_parts, k_parts, v_parts, strict=True)]
+        split = (torch.split(x.flatten(0, 1)[None], self.segments, dim=1) for x in (q, k, v))
+        step = _QUERY_BLOCK if q.dtype == torch.bfloat16 and q.device.type == "cpu" else 1
+        parts = []
+        for length, document in zip(self.segments, zip(*split, strict=True), strict=True):
+            if missing := -length % step:
+                document = tuple(F.pad(x, (0, 0, 0, 0, 0, missing)) for x in document)
+            parts.append(_attend(*document, mask=None, is_causal=True)[:, :length])
         return torch.cat(parts, dim=1).view(q.shape)
 
 

@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t address, size_t bytes) { mtp::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
       "Asks for huge pages behind a fresh allocation.");
   m.attr("HUGE_PAGE_BYTES") = mtp::kHugePageBytes;
+  m.attr("KEPT_BYTES") = mtp::kKeptBytes;
   m.def("release_workspace", &mtp::release_workspace, "Frees the block that the loss keeps; returns its bytes.");
   m.def(
       "chunk_size",

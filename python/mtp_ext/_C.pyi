@@ -6,5 +6,6 @@ def build_info() -> dict[str, bool | int | str]:
     """How this was built (``cuda``, ``cxx_standard``, ``compiler``) and what it runs on (``cpu_capability``)."""
 
 HUGE_PAGE_BYTES: int  # of the smallest allocation that is worth the advice
+KEPT_BYTES: int  # of the largest block of logits that is kept between calls
 
 def advise_huge_pages(address: int, bytes: int) -> None: ...

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mtp_ext import _C
 from mtp_ext.ops.loss import native_cpu
 
 CUDA_BLOCK = 512  # what torch's caching allocator rounds up to (kMinBlockSize)
@@ -73,7 +74,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.mtp_ext._fused_loss_.default:
-            self._native_scratch(*args)
+            hidden, weight, _, _, sizes, compute_dtype, flags, _ = args
+            self._native_scratch(*native_cpu.scratch_bytes(hidden, weight, sizes, compute_dtype, flags))
         result = func(*args, **kwargs)
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -112,14 +114,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._kinds[number] = kind
         return number
 
-    def _native_scratch(self, *arguments: Any) -> None:
+    def _native_scratch(self, logits: int, operands: int) -> None:
         """Records what the native loss allocates below the dispatcher."""
-        logits, operands = native_cpu.scratch_bytes(*arguments)
         if self._kept is None or self._kept[1] < logits:
             if self._kept is not None:
                 self._events.append((self._kept[0], -self._kept[1]))
             self._kept = (self._add(logits, "logits"), logits)
         self._events.append((self._add(operands), -operands))
-        if self._kept[1] > native_cpu.KEPT_BYTES:
+        if self._kept[1] > _C.KEPT_BYTES:
             self._events.append((self._kept[0], -self._kept[1]))
             self._kept = None

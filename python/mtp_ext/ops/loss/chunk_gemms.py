@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mtp_ext.ops.common.backend import backend_of
 
-# Rows of the weight that are widened at once on CPUs without a fast 16-bit GEMM.
+# Rows of the weight that are widened at once on CPUs without a fast 16-bit GEMM: kTileRows of the native loss, too.
 WIDEN_TILE_ROWS = 4096
 
 

@@ -13,13 +13,12 @@ from mtp_ext.ops.common import checks
 from mtp_ext.ops.common.backend import backend_of
 from mtp_ext.ops.common.result import RowTables
 from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs, WeightSums, saved_grad_dtype
+from mtp_ext.ops.loss.chunk_gemms import WIDEN_TILE_ROWS
 from mtp_ext.ops.loss.chunk_size import chunk_size
 from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 
 # FusedLossFlag in csrc/ops/fused_loss_cpu.cpp.
 FLAG_MEASURES, FLAG_HIDDEN, FLAG_WEIGHT, FLAG_BIAS, FLAG_ACCUMULATE, FLAG_WIDEN = (1 << i for i in range(6))
-KEPT_BYTES = 256 << 20  # kKeptBytes in csrc/cpu/workspace.h: the largest block of logits kept between calls
-TILE_ROWS = 4096  # kTileRows in csrc/ops/chunk_gemms_cpu.cpp: rows of the weight widened at once
 
 
 class HeadSums(NamedTuple):
@@ -109,26 +108,19 @@ def _(
 
 
 def scratch_bytes(
-    hidden: Sequence[Tensor],
-    weight: Tensor,
-    tensors: Sequence[Tensor | None],
-    options: Sequence[float],
-    sizes: Sequence[int],
-    compute_dtype: torch.dtype,
-    flags: int,
-    sums: Sequence[Tensor],
+    hidden: Sequence[Tensor], weight: Tensor, sizes: Sequence[int], compute_dtype: torch.dtype, flags: int
 ) -> tuple[int, int]:
-    """Counts the bytes that a call of the operator, with all its rows, allocates beside its results.
+    """Counts the bytes that a call of the operator with these arguments allocates, beside its results, for all rows.
 
     Returns:
-        The chunk of logits, which is kept for the next call up to ``KEPT_BYTES``, and the operands of its products.
+        The chunk of logits, which is kept for the next call up to ``_C.KEPT_BYTES``, and the operands of its products.
     """
     (vocab_size, width), heads = weight.shape[-2:], sizes[1]
     widens = bool(flags & FLAG_WIDEN)
     item = torch.float32.itemsize if widens else compute_dtype.itemsize
     rows = sum(h.numel() for h in hidden) // width // (heads if weight.dim() == 3 else 1)
     chunk = chunk_size(rows, vocab_size, item, chunk_rows=sizes[4] or None, workspace_bytes=sizes[5] or None)
-    copied = min(TILE_ROWS, vocab_size) if widens else vocab_size * (weight.dtype != compute_dtype)
+    copied = min(WIDEN_TILE_ROWS, vocab_size) if widens else vocab_size * (weight.dtype != compute_dtype)
     copies = 2 * chunk * (heads > 1 or widens or hidden[0].dtype != compute_dtype)  # rows picked, and their gradient
     return chunk * vocab_size * item, (copied + copies) * width * item
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -12,17 +12,10 @@ from mtp_ext.generate import DecodingStats, GenerationOutput, generate
 from mtp_ext.generate.sampling import Sampling, draw
 from mtp_ext.nn import KVCache, MTPConfig, MTPModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB_SIZE = 23
 LENGTHS = (5, 1, 9, 5)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

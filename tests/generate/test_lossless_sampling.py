@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -17,18 +17,16 @@ from mtp_ext.generate.acceptance import Drafts, Verdict, accept_equal, accept_li
 from mtp_ext.generate.sampling import Sampling
 from mtp_ext.nn import MTPConfig, MTPModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB_SIZE, N_NEW, N_ROWS = 4, 4, 20_000
 PROMPT = (2, 0, 1)
 THRESHOLD = 1e-9
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seed(seeded: None) -> None:
     torch.manual_seed(3)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(variant: str = "parallel") -> MTPModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,8 @@ from mtp_ext.nn.multi_token_model import MultiTokenModel
 from mtp_ext.nn.transformer.layers import Block
 from mtp_ext.nn.transformer.trunk import Trunk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB_SIZE = 11
 N_NEW = 20
 LENGTHS = (5, 1, 9, 5)
@@ -27,15 +29,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "own unembeddings": {"variant": "causal", "replicate_unembedding": True},
     "soft cap": {"softcap": 3.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -203,8 +203,8 @@ default chunk.
 {loss_table(times)}
 ## Choice of the chunk
 
-The predicted ratio without options, by the rows of a chunk; "one" is a single chunk, which writes the weight's gradient
-in the weight's dtype.
+The predicted ratio without options, by the rows of a chunk; "one" is a single chunk, which would
+write the weight's gradient in the weight's dtype; the loop does not do that yet.
 
 {chunk_table(times)}"""
     )

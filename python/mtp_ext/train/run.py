@@ -138,13 +138,13 @@ def _headline(dataset: Dataset, model: MTPModel, device: str, directory: Path) -
     """Formats the corpus, model, device and directory of the run."""
     config, train = model.config, dataset.split("train")
     parameters = sum(p.numel() for p in model.parameters())
-    skipped = [f"{count} {reason}" for reason, count in dataset.manifest["inputs"]["skipped"].items()]
+    skipped = "; ".join(f"{count} {reason}" for reason, count in dataset.manifest["inputs"]["skipped"].items())
+    left_out = f"left out   {skipped}\n" if skipped else ""
     return (
         f"corpus     {train.n_bytes / 1e6:.1f} MB in {train.n_documents:,} documents, {train.n_tokens:,} tokens of "
         f"{train.bytes_per_token:.2f} bytes, vocabulary {config.vocab_size:,}\n"
-        + f"left out   {'; '.join(skipped)}\n"
-        * bool(skipped)
-        + f"model      {parameters / 1e6:.2f} M parameters: {config.n_trunk_layers} trunk layers and {config.n_future} "
+        f"{left_out}"
+        f"model      {parameters / 1e6:.2f} M parameters: {config.n_trunk_layers} trunk layers and {config.n_future} "
         f"{config.variant} heads of width {config.d_model}\n"
         f"on         {device}\n"
         f"run        {directory}"

@@ -19,6 +19,7 @@ def test_the_table_has_every_category_and_what_is_left_out(capsys: pytest.Captur
         assert part in out
 
 
+@pytest.mark.slow
 def test_json_has_the_bytes_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--json", "--gib", "1"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -26,12 +27,14 @@ def test_json_has_the_bytes_and_the_verdict(capsys: pytest.CaptureFixture[str]) 
     assert document["fits"] is True and document["model"]["vocab_size"] == 300
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_planned_changes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--schedule", "joint", "--batch-size", "4", "--gib", "0.001"]) == 1
     out = capsys.readouterr().out
     assert "does not fit in 0.001 GiB" in out and "with --schedule sequential: " in out and "--batch-size 2: " in out
 
 
+@pytest.mark.slow
 def test_a_file_of_options_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[model]\nd_model = 64\nn_attn_heads = 1\n[batch]\nseq_len = 48\n[data]\ntokenizer = "bytes"\n')

@@ -16,7 +16,7 @@ from mtp_ext.nn.multi_token_model import MultiTokenModel
 from mtp_ext.nn.transformer.layers import Block
 from mtp_ext.nn.transformer.trunk import Trunk
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 VOCAB_SIZE = 11
 N_NEW = 20

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mtp_ext.nn.huggingface import from_huggingface, load_huggingface, save_huggingface
 from tests.nn.conftest import SCHEDULES, VOCAB_SIZE
 
+pytestmark = pytest.mark.slow
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 

@@ -18,6 +18,7 @@ from mtp_ext.nn import ComposedModel
 from mtp_ext.nn.huggingface import from_huggingface, load_huggingface, save_huggingface
 from tests.nn.conftest import VOCAB_SIZE
 
+pytestmark = pytest.mark.slow
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}

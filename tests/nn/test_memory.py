@@ -117,6 +117,7 @@ def bytes_of_document_lengths(layouts: int) -> int:
     return forked.peak_bytes() - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_fast_bfloat16_gemm(), reason="only bfloat16 GEMMs are compiled for each shape")
 def test_each_length_of_documents_compiles_no_gemms() -> None:
     grown = forked.call(bytes_of_document_lengths, 60)  # 567 MiB where each length is a shape of its own

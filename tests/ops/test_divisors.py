@@ -71,6 +71,7 @@ def test_a_gpus_normalizer_that_divides_nothing_makes_the_loss_nan(value: float)
         debug_checks(before)
 
 
+@pytest.mark.slow
 def test_a_compiled_call_refuses_a_normalizer_too() -> None:
     @torch.compile(fullgraph=True, backend="aot_eager")
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, normalizer: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ def bytes_of_row_counts(counts: int) -> int:
     return forked.peak_bytes() - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_fast_bfloat16_gemm(), reason="only bfloat16 GEMMs are compiled for each shape")
 def test_each_number_of_targets_compiles_no_gemms() -> None:
     grown = forked.call(bytes_of_row_counts, 60)  # 112 MiB where each number is a shape of its own

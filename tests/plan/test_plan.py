@@ -22,6 +22,8 @@ from mtp_ext.train.step import train_step
 from tests.support import forked
 
 BATCH, SEQ, MIB = 4, 256, 2**20
+pytestmark = pytest.mark.slow
+
 SCHEDULES = ("sequential", "joint", "autograd")
 M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -61,7 +63,6 @@ GRID = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
 @pytest.mark.parametrize(("variant", "n_future", "schedule"), GRID)
 def test_the_peak_is_within_a_tenth_of_resident_memory(variant: str, n_future: int, schedule: str) -> None:
@@ -71,7 +72,6 @@ def test_the_peak_is_within_a_tenth_of_resident_memory(variant: str, n_future: i
     assert abs(planned - measured) <= 0.1 * measured, f"{planned / MIB:.1f} planned, {measured / MIB:.1f} measured"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
 def test_muon_too_is_within_a_tenth() -> None:
     config = make_config("linear", 2, tie_embeddings=True)

@@ -142,6 +142,7 @@ def test_skipped_lines_are_printed_and_counted(tmp_path: Path, caplog: pytest.Lo
         DataConfig(on_bad_line="warn")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_shows_and_records_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.dumps({"text": f"def f{i}(): return {i}"}) for i in range(40)]
     path = write(tmp_path, {"r.jsonl": "\n".join([*lines, "oops", "{}", "", "3"])}) / "r.jsonl"

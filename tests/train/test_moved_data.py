@@ -20,6 +20,8 @@ from mtp_ext.train.data.tokenizer import learn_bpe
 from mtp_ext.train.report.record import read_metrics
 from tests.train.tiny import run, tiny_config, write_corpus
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -66,7 +68,6 @@ def test_a_run_resumes_from_another_directory(home: Path, monkeypatch: pytest.Mo
     assert main(["evaluate", "--checkpoint", str(home / "run")]) == 0
 
 
-@pytest.mark.slow
 def test_the_place_of_the_run_comes_before_the_current_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other directories have a `corpus` too, and each is tried."""
     start()
@@ -83,7 +84,6 @@ def test_the_place_of_the_run_comes_before_the_current_one(home: Path, monkeypat
     assert inputs(home / "run")["directory"] == str(other)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "moved", "after"),
     [
@@ -174,7 +174,6 @@ def test_an_empty_directory_is_a_source_that_is_gone(home: Path) -> None:
     assert resume(Path("run")) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_neither_source_nor_tokens_is_an_error_that_names_both(
     home: Path, capsys: pytest.CaptureFixture[str], command: str
@@ -246,7 +245,6 @@ def test_a_learnt_tokenizer_is_not_learnt_again(
     assert losses(Path("run")) == losses(Path("whole"))
 
 
-@pytest.mark.slow
 def test_a_tokenised_corpus_is_a_source(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """For a new run, or one whose source has changed; only with the options that it was tokenised with."""
     start()

@@ -25,6 +25,8 @@ from mtp_ext.train.report.record import MetricsWriter, read_metrics
 from mtp_ext.train.report.summary import accept_line, evaluation_table
 from tests.train.tiny import run, tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 def loss_of(head_loss: list[float], n_valid: list[int], top1: list[float], accept: float) -> MultiTokenLoss:
     return MultiTokenLoss(

@@ -20,6 +20,8 @@ from mtp_ext.train.report.record import read_metrics
 from tests.train.test_checkpoint import flip_a_bit
 from tests.train.tiny import run, tiny_config
 
+pytestmark = pytest.mark.slow
+
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
 
 
@@ -33,7 +35,6 @@ def latest(directory: Path) -> Checkpoint:
     return list_checkpoints(directory / "checkpoints")[-1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_four_and_four_steps_are_eight(tmp_path: Path, name: str) -> None:
     """With accumulation, clipping that bites, a warmup across the stop, validations, and an epoch that ends within."""

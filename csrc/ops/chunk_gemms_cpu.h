@@ -8,7 +8,7 @@ namespace mtp {
 
 // Z = H W^T, dH = dZ W and dW (+)= dZ^T H. Operands are rounded to `compute` and multiplied in `logits`: the same dtype
 // or, for 16-bit operands that this processor multiplies slowly, float32; then the weight is widened a tile at a time.
-// dW is always float32 (float64 for float64 operands).
+// dW is float32 (float64 for float64 operands), or, from a single bfloat16 chunk, bfloat16.
 //
 // Shapes    weight, grad_weight [V, D]; h, grad_hidden [C, D] and z [C, V] in `logits`.
 class ChunkGemmsCpu {

@@ -53,6 +53,7 @@ enum FusedLossFlag : int64_t {
   kNeedBias = 8,
   kAccumulate = 16,  // add to the given weight gradient instead of overwriting it
   kWiden = 32,       // float32 logits for 16-bit operands
+  kOneChunk = 64,    // one chunk for all rows, whose weight gradient has the dtype of the logits instead of float32
 };
 
 template <typename acc_t>
@@ -122,13 +123,14 @@ std::tuple<std::vector<Tensor>, int64_t> fused_loss_cpu(const std::vector<Tensor
   a.compute_dtype = compute_dtype;
   a.logits_dtype = (flags & kWiden) != 0 ? ScalarType::Float : compute_dtype;
   a.accumulate = (flags & kAccumulate) != 0;
+  a.one_chunk = (flags & kOneChunk) != 0;
   if (measures) {
     a.tables = is_double ? new_tables<double>(heads, a.labels.size(0), a.seq_len)
                          : new_tables<float>(heads, a.labels.size(0), a.seq_len);
   }
   std::vector<Tensor> results = a.tables;
   if ((flags & kNeedWeight) != 0) {
-    a.grad_weight = sums.empty() ? empty_like_cpu(weight, acc) : sums.front();
+    a.grad_weight = sums.empty() ? empty_like_cpu(weight, a.one_chunk ? a.logits_dtype : acc) : sums.front();
     results.push_back(*a.grad_weight);
   }
   if ((flags & kNeedBias) != 0) {

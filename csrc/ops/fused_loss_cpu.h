@@ -37,6 +37,7 @@ struct FusedLossArguments {
   std::vector<Tensor> grad_hidden;  // n of [B * S, D], or empty
   OptionalTensor grad_weight, grad_bias;
   bool accumulate = false;  // add to grad_weight instead of overwriting it
+  bool one_chunk = false;   // for all rows of an unembedding, beyond the usual limit
 };
 
 // The part of a GEMM that one thread computes alone: the fewest rows (of hidden states) and columns (of the weight
@@ -62,7 +63,8 @@ class FusedLoss {
   int64_t run() {
     if (rows_.first_invalid() >= 0) return rows_.first_invalid();
     const int64_t item = element_size(a_.logits_dtype);
-    chunk_ = chunk_size(most_joint_rows(), vocab_, item, 0, a_.limits);
+    chunk_ = a_.one_chunk ? std::max<int64_t>(1, most_joint_rows())
+                          : chunk_size(most_joint_rows(), vocab_, item, 0, a_.limits);
     const int64_t most = pads_ ? padded_rows(chunk_) : chunk_;
     const Workspace workspace(static_cast<size_t>(most * vocab_ * item));
     logits_ = matrix_of(workspace.data(), most, vocab_, a_.logits_dtype);
@@ -109,7 +111,8 @@ class FusedLoss {
     for (const Tensor& g : a_.grad_hidden)
       STD_TORCH_CHECK(is_rows(g) && g.is_contiguous() && g.scalar_type() == a_.grad_hidden[0].scalar_type(),
                       "grad_hidden must be n contiguous tensors [B * S, D] of one dtype");
-    if (a_.grad_weight.has_value()) check_vector(*a_.grad_weight, a_.weight.numel(), kAcc, "grad_weight");
+    const ScalarType weight_sum = a_.one_chunk ? a_.logits_dtype : kAcc;
+    if (a_.grad_weight.has_value()) check_vector(*a_.grad_weight, a_.weight.numel(), weight_sum, "grad_weight");
     if (a_.grad_bias.has_value()) check_vector(*a_.grad_bias, vocab_, kAcc, "grad_bias");
     if (a_.head_weights.has_value()) check_vector(*a_.head_weights, heads, ScalarType::Double, "head_weights");
   }

@@ -40,8 +40,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_workspace", &mtp::release_workspace, "Frees the block that the loss keeps; returns its bytes.");
   m.def(
       "chunk_size",
-      [](int64_t rows, int64_t vocab_size, int64_t item_size, int64_t width, int64_t limit_rows, int64_t limit_bytes) {
-        return mtp::chunk_size(rows, vocab_size, item_size, width, {limit_rows, limit_bytes});
+      [](int64_t rows, int64_t vocab_size, int64_t item_size, int64_t gpu_width, int64_t limit_rows,
+         int64_t limit_bytes, int64_t sum_width) {
+        return mtp::chunk_size(rows, vocab_size, item_size, gpu_width, {limit_rows, limit_bytes}, sum_width);
       },
       "Rows of one chunk of logits: see csrc/core/chunk_size.h.");
   m.def("build_info", &build_info, "How this extension was built, and what it runs on.");

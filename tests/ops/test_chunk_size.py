@@ -37,3 +37,18 @@ def test_the_callers_limits_come_first() -> None:
 @pytest.mark.parametrize(("itemsize", "expected"), [(4, 1024), (2, 2048), (8, 512)])
 def test_cpu_chunks_hold_128_mib(itemsize: int, expected: int) -> None:
     assert chunk_size(2**14, 32768, itemsize, chunk_rows=None, workspace_bytes=None) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "gpu_width", "expected"),
+    [
+        (2048 + 512, None, 2560),  # 512 more rows of logits take no more than the float32 sum at D = 512
+        (2048 + 513, None, 1281),
+        (4096 + 512, 512, 4608),
+        (4096 + 513, 512, 2432),  # two chunks, in whole tiles
+    ],
+)
+def test_one_chunk_instead_of_a_float32_sum(n_rows: int, gpu_width: int | None, expected: int) -> None:
+    limits = {"chunk_rows": None, "workspace_bytes": None, "gpu_width": gpu_width}
+    assert chunk_size(n_rows, 32000, 2, sum_width=512, **limits) == expected
+    assert chunk_size(n_rows, 32000, 2, **limits) < n_rows

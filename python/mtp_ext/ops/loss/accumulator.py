@@ -36,16 +36,27 @@ class HeadLossAccumulator:
         weight: ``[V, D]`` shared, or ``[n, V, D]`` replicated.
         needs: Which gradients to compute.
         heads: The heads that will be added, ``1..n``; default all. The accept length covers the leading ones.
+        one_chunk: See :func:`mtp_ext.ops.loss.chunk_size.fits_one_chunk`; all heads must then be added at once.
     Raises:
         ValueError: On the CPU, a target outside ``[0, V)`` that is not ``ignore_index``, or more than ``max_valid``.
     """
 
-    def __init__(self, call: LossCall, weight: Tensor, needs: Needs, heads: frozenset[int] | None = None) -> None:
+    def __init__(
+        self,
+        call: LossCall,
+        weight: Tensor,
+        needs: Needs,
+        heads: frozenset[int] | None = None,
+        *,
+        one_chunk: bool = False,
+    ) -> None:
         self.call, self._replicated = call, weight.dim() == 3
         self.heads = frozenset(range(1, call.n_heads + 1)) if heads is None else heads
         self._heads = (NativeHeads if runs_natively(call, weight) else RowLoop)(call, weight, needs)
         self._sums = WeightSums(
-            weight=empty(weight.shape, call.acc_dtype, weight.device) if needs.weight else None,
+            weight=empty(weight.shape, weight.dtype if one_chunk else call.acc_dtype, weight.device)
+            if needs.weight
+            else None,
             bias=torch.zeros(weight.shape[-2], dtype=call.acc_dtype, device=weight.device) if needs.bias else None,
         )
         self._unwritten = set(range(call.n_heads))  # heads of a replicated weight without a gradient yet
@@ -92,7 +103,8 @@ class HeadLossAccumulator:
 
     @property
     def grad_weight(self) -> Tensor | None:
-        """The gradient of ``weight`` from the heads added so far, float32 (float64 for float64 inputs)."""
+        """The gradient of ``weight`` from the heads added so far, float32 (float64 for float64 inputs) or, from one
+        chunk, in ``weight``'s dtype."""
         grad = self._sums.weight
         if grad is not None and grad.dim() == 3:
             for k in self._unwritten:

@@ -15,7 +15,8 @@ class ChunkGemms:
     """The products ``Z = H W^T``, ``dH = dZ W`` and ``dW += dZ^T H`` of one chunk.
 
     Logits have ``logits_dtype``: the operand dtype if its GEMM is fast (bfloat16 on a GPU or a CPU with native
-    support), else float32, with the 16-bit weight widened tile by tile. ``dW`` is always float32 (float64 for float64).
+    support), else float32, with the 16-bit weight widened tile by tile. ``dW`` is summed in float32 (float64 for
+    float64); a single chunk may store it in the weight's dtype at once.
 
     Args:
         weight: ``[V, D]``.
@@ -68,7 +69,7 @@ class ChunkGemms:
         return out
 
     def add_grad_weight(self, grad_logits: Tensor, hidden: Tensor, grad_weight: Tensor, *, accumulate: bool) -> None:
-        """Adds ``sum_c grad_logits[c, v] hidden[c, d]`` to ``grad_weight[v, d]``, or overwrites it, in float32."""
+        """Adds ``sum_c grad_logits[c, v] hidden[c, d]`` to ``grad_weight[v, d]``, or overwrites it."""
         beta = 1.0 if accumulate else 0.0  # beta 0 does not read uninitialised memory
         self._backend.matmul_(grad_weight, grad_logits.t(), hidden, beta=beta, alpha=self.gradient_unscale)
 

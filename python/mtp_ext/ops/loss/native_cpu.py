@@ -18,7 +18,9 @@ from mtp_ext.ops.loss.chunk_size import chunk_size
 from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 
 # FusedLossFlag in csrc/ops/fused_loss_cpu.cpp.
-FLAG_MEASURES, FLAG_HIDDEN, FLAG_WEIGHT, FLAG_BIAS, FLAG_ACCUMULATE, FLAG_WIDEN = (1 << i for i in range(6))
+FLAG_MEASURES, FLAG_HIDDEN, FLAG_WEIGHT, FLAG_BIAS, FLAG_ACCUMULATE, FLAG_WIDEN, FLAG_ONE_CHUNK = (
+    1 << i for i in range(7)
+)
 
 
 class HeadSums(NamedTuple):
@@ -36,6 +38,8 @@ def fused_loss(
     hidden: Sequence[Tensor],
     needs: Needs,
     sums: WeightSums | None = None,
+    *,
+    one_chunk: bool = False,
 ) -> tuple[HeadSums, RowTables, Gradients]:
     """Computes loss, tables and gradients of all heads of ``call``.
 
@@ -45,6 +49,7 @@ def fused_loss(
         hidden: Each head's ``[..., D]`` of ``B * S`` rows, or one tensor with the ``n * B * S`` rows of all.
         needs: Which gradients to compute.
         sums: Buffers for the sums of the weight and bias gradients; default new memory.
+        one_chunk: See :func:`mtp_ext.ops.loss.chunk_size.fits_one_chunk`; without ``sums``.
     Raises:
         ValueError: A target outside ``[0, V)`` that is not ``ignore_index``; nothing has been written.
     """
@@ -62,7 +67,8 @@ def fused_loss(
         + FLAG_WEIGHT * needs.weight
         + FLAG_BIAS * needs.bias
         + FLAG_ACCUMULATE * (sums is not None and sums.accumulate)
-        + FLAG_WIDEN * widens,
+        + FLAG_WIDEN * widens
+        + FLAG_ONE_CHUNK * one_chunk,
         [] if sums is None else [x for x in (sums.weight, sums.bias) if x is not None],
     )
     checks.check_first_invalid(first_invalid, call.labels, weight.shape[-2], call.ignore_index)
@@ -93,6 +99,8 @@ def _(
     assert labels is not None
     table = (n, labels.shape[0], sizes[0])
 
+    weight_sum = weight.dtype if flags & FLAG_ONE_CHUNK else acc
+
     def new(*shape: int, dtype: torch.dtype = acc) -> Tensor:
         return weight.new_empty(shape, dtype=dtype)
 
@@ -101,7 +109,7 @@ def _(
         results += [new(n), new(n, dtype=torch.int64), new(n)]
         results += RowTables.zeros(*table, dtype=acc, device=weight.device)
     given = iter(sums)  # buffers of the needed gradients, or none
-    results += [next(given) if sums else new(*weight.shape)] if flags & FLAG_WEIGHT else []
+    results += [next(given) if sums else new(*weight.shape, dtype=weight_sum)] if flags & FLAG_WEIGHT else []
     results += [next(given) if sums else new(weight.shape[-2])] if flags & FLAG_BIAS else []
     results += [h.new_empty(h.shape, dtype=saved_grad_dtype(h)) for h in hidden] if flags & FLAG_HIDDEN else []
     return results, -1
@@ -119,7 +127,14 @@ def scratch_bytes(
     widens = bool(flags & FLAG_WIDEN)
     item = torch.float32.itemsize if widens else compute_dtype.itemsize
     rows = sum(h.numel() for h in hidden) // width // (heads if weight.dim() == 3 else 1)
-    chunk = chunk_size(rows, vocab_size, item, chunk_rows=sizes[4] or None, workspace_bytes=sizes[5] or None)
+    chunk = chunk_size(
+        rows,
+        vocab_size,
+        item,
+        chunk_rows=sizes[4] or None,
+        workspace_bytes=sizes[5] or None,
+        sum_width=width if flags & FLAG_ONE_CHUNK else None,
+    )
     copied = min(WIDEN_TILE_ROWS, vocab_size) if widens else vocab_size * (weight.dtype != compute_dtype)
     copies = 2 * chunk * (heads > 1 or widens or hidden[0].dtype != compute_dtype)  # rows picked, and their gradient
     return chunk * vocab_size * item, (copied + copies) * width * item

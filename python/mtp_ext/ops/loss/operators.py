@@ -18,6 +18,7 @@ from mtp_ext.ops.common.result import MultiTokenLoss, RowTables, empty_metrics, 
 from mtp_ext.ops.loss import native_cpu
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator, runs_natively
 from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs, PackedCall, saved_grad_dtype
+from mtp_ext.ops.loss.chunk_size import fits_one_chunk
 from mtp_ext.ops.loss.row_kernels import prepared
 
 # hidden is the n heads' [B, S, D], or one tensor [n, B, S, D]; the rest is LossCall.pack().
@@ -33,7 +34,7 @@ def _accumulated(
     """Runs all heads through the accumulator."""
     backend_of(weight.device).check_built()
     with torch.autocast(weight.device.type, enabled=False):
-        accumulator = HeadLossAccumulator(call, weight, needs)
+        accumulator = HeadLossAccumulator(call, weight, needs, one_chunk=fits_one_chunk(call, weight))
         grads = accumulator.add_all(hidden)
         return accumulator, Gradients(accumulator.grad_weight, accumulator.grad_bias, grads)
 
@@ -44,7 +45,7 @@ def _natively(
     """Runs all heads in one native call."""
     call = prepared(call)
     native_cpu.check_max_valid(call, weight)
-    return native_cpu.fused_loss(call, weight, hidden, needs)
+    return native_cpu.fused_loss(call, weight, hidden, needs, one_chunk=fits_one_chunk(call, weight))
 
 
 def _result(call: LossCall, sums: native_cpu.HeadSums, tables: RowTables) -> MultiTokenLoss:
@@ -89,9 +90,13 @@ def row_losses_backward(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]
     return _accumulated(call, weight, hidden, needs)[1]
 
 
-def _or_empty(grads: Gradients, like: Tensor) -> list[Tensor]:
-    """Packs gradients as an operator output, which cannot hold None; :func:`unpacked_gradients` is the inverse."""
-    return [like.new_empty(0) if x is None else x for x in (grads.weight, grads.bias, *grads.hidden)]
+def _or_empty(grads: Gradients, call: LossCall, like: Tensor) -> list[Tensor]:
+    """Packs gradients as an operator output, which cannot hold None; :func:`unpacked_gradients` is the inverse.
+
+    The weight's gradient is widened: while tracing, the number of chunks may be unknown.
+    """
+    weight = None if grads.weight is None else grads.weight.to(call.acc_dtype)
+    return [like.new_empty(0) if x is None else x for x in (weight, grads.bias, *grads.hidden)]
 
 
 def unpacked_gradients(outputs: list[Tensor], needs: Needs) -> Gradients:
@@ -114,7 +119,7 @@ def _split(arguments: tuple[Any, ...]) -> tuple[LossCall, Needs]:
 def _multi_token_loss(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> tuple[list[Tensor], list[Tensor]]:
     call, needs = _split(call_and_needs)
     result, grads = multi_token_loss(call, weight, hidden, needs)
-    return list(result), _or_empty(grads, weight)
+    return list(result), _or_empty(grads, call, weight)
 
 
 @_multi_token_loss.register_fake
@@ -150,7 +155,7 @@ def _(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> tuple[Tenso
 )
 def _row_losses_backward(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> list[Tensor]:
     call, needs = _split(call_and_needs)
-    return _or_empty(row_losses_backward(call, weight, hidden, needs), weight)
+    return _or_empty(row_losses_backward(call, weight, hidden, needs), call, weight)
 
 
 @_row_losses_backward.register_fake
@@ -188,4 +193,4 @@ def _fake_gradients(call: LossCall, weight: Tensor, hidden: list[Tensor], needs:
         bias=weight.new_empty(weight.shape[-2], dtype=call.acc_dtype) if needs.bias else None,
         hidden=[h.new_empty(h.shape, dtype=saved_grad_dtype(h)) for h in hidden] if needs.hidden else [],
     )
-    return _or_empty(grads, weight)
+    return _or_empty(grads, call, weight)

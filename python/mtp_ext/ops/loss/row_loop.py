@@ -140,6 +140,7 @@ class RowLoop:
         gemms = self._gemms_of(heads.start if self.weight.dim() == 3 else 0)
         vocab_size, dtype, device = gemms.weight.shape[0], gemms.logits_dtype, self.weight.device
         backend = backend_of(device)
+        rounds = out.weight is not None and out.weight.dtype != self.call.acc_dtype
         size = chunk_size(
             end - begin,
             vocab_size if self.shard is None else self.shard.largest,
@@ -147,6 +148,7 @@ class RowLoop:
             chunk_rows=self.call.chunk_rows,
             workspace_bytes=self.call.workspace_bytes,
             gpu_width=None if backend.sees_values else gemms.weight.shape[1],
+            sum_width=gemms.weight.shape[1] if rounds else None,
         )
         logits = empty((size, backend.row_stride(vocab_size, dtype.itemsize)), dtype, device)[:, :vocab_size]
         for low in range(begin, end, size):

@@ -164,7 +164,7 @@ def chunk_table(times: Mapping[tuple[str, int], Mapping[str, float]]) -> str:
 def default_chunk(n_rows: int, width: int, vocab: int) -> int:
     from mtp_ext.ops.loss.chunk_size import chunk_size  # the gate itself needs no extension
 
-    return chunk_size(n_rows, vocab, 2, chunk_rows=None, workspace_bytes=None, gpu_width=width)
+    return chunk_size(n_rows, vocab, 2, chunk_rows=None, workspace_bytes=None, gpu_width=width, sum_width=width)
 
 
 def write(kernels: Kernels) -> None:
@@ -203,8 +203,8 @@ default chunk.
 {loss_table(times)}
 ## Choice of the chunk
 
-The predicted ratio without options, by the rows of a chunk; "one" is a single chunk, which would
-write the weight's gradient in the weight's dtype; the loop does not do that yet.
+The predicted ratio without options, by the rows of a chunk; "one" is a single chunk, which writes the
+weight's gradient in the weight's dtype: up to D rows more than a chunk's limit share one.
 
 {chunk_table(times)}"""
     )

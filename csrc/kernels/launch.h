@@ -8,6 +8,8 @@
 namespace mtp {
 
 constexpr size_t kSharedBytesWithoutPermission = 48 << 10;
+// 32 blocks of them, the most on a multiprocessor, fit the smallest part of the L1 cache that a driver chooses by itself.
+constexpr size_t kSharedBytesWithoutCarveout = 1 << 10;
 
 struct LaunchShape {
   dim3 grid, block;
@@ -34,12 +36,16 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
 }
 
 // Opts a kernel in to shared memory beyond 48 KiB. It always grants the device's maximum: with the shape's own bytes,
-// two host threads that launch one kernel with two sizes could lower each other's limit before the launch.
+// two host threads that launch one kernel with two sizes could lower each other's limit before the launch. The kernel
+// also asks for all of the L1 cache as shared memory: a smaller part could halve the blocks of a multiprocessor.
 template <typename... Formal>
 cudaError_t permit_shared_memory(void (*kernel)(Formal...), const LaunchShape& shape) {
-  if (shape.shared_bytes <= kSharedBytesWithoutPermission) return cudaSuccess;
+  if (shape.shared_bytes <= kSharedBytesWithoutCarveout) return cudaSuccess;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared);
+  if (error != cudaSuccess || shape.shared_bytes <= kSharedBytesWithoutPermission) return error;
   DeviceLimits limits;
-  const cudaError_t error = device_limits(&limits);
+  error = device_limits(&limits);
   if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(limits.shared_per_block));

@@ -95,6 +95,10 @@ __global__ void __launch_bounds__(kThreads) place_rows_kernel(const __grid_const
   int64_t position = totals.before;
   for (int step = 0; step < kRowsPerThread; ++step) {
     const bool selected = tile.holds(step) && p.rule.counts(tile.locate(p.rule, step));
+    if (p.marked) {
+      if (tile.holds(step)) p.rows[tile.flat(step)] = selected ? tile.flat(step) : -1;
+      continue;
+    }
     const unsigned votes = __ballot_sync(kFullMask, selected ? 1 : 0);
     int* const counts = warp_counts + step % 2 * kWarps;  // double-buffered: one barrier per step
     if (lane == 0) counts[warp] = __popc(votes);

@@ -1,7 +1,7 @@
-// Lists the loss rows with a target, in order, and counts them per head: the CUDA form of cpu/select_rows.h.
+// Lists or marks the loss rows with a target, and counts them per head: the CUDA form of cpu/select_rows.h.
 //
 // Shapes    rows [heads * B * seq_len]: the flat (head, b, s) index of every row that counts, ascending, padded with
-//           -1; counts [heads]; first_invalid [1]: flat index into labels of the first of these rows' targets outside
+//           -1; with `marked`, every row's own index, or -1 if it does not count; counts [heads]; first_invalid [1]: flat index into labels of the first of these rows' targets outside
 //           [0, vocab_size), or -1; tiles [select_rows_tiles()]: workspace.
 // Cost      two reads of the labels (and document ids) per head, one write of rows; a few microseconds.
 // Launch    two kernels, count and place, with one block of 256 threads per tile of 4096 rows. Deterministic: no
@@ -23,6 +23,7 @@ struct SelectedTile {
 struct SelectRowsParams {
   TargetRule rule;
   int64_t num_heads, vocab_size;
+  bool marked;
   int64_t* rows;
   int64_t* counts;
   int64_t* first_invalid;

@@ -34,7 +34,7 @@ class HeadRows {
   HeadRows(const BasicTargetRule<weight_t>& rule, int64_t heads, int64_t vocab_size)
       : per_head_(rule.batch * rule.seq_len), rows_(new int64_t[static_cast<size_t>(heads * per_head_)]) {
     std::vector<int64_t> counts(static_cast<size_t>(heads));
-    first_invalid_ = select_rows(rule, heads, vocab_size, rows_.get(), counts.data());
+    first_invalid_ = select_rows(rule, heads, vocab_size, false, rows_.get(), counts.data());
     for (const int64_t count : counts) offsets_.push_back(offsets_.back() + count);
   }
 

@@ -13,14 +13,14 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> select_rows_cpu(const Tensor& labels, const OptionalTensor& document_ids,
                                                    const OptionalTensor& token_weights, int64_t num_heads,
                                                    int64_t seq_len, int64_t first_shift, int64_t ignore_index,
-                                                   int64_t vocab_size) {
+                                                   int64_t vocab_size, bool marked) {
   Tensor rows = torch::stable::new_empty(labels, {num_heads * labels.size(0) * seq_len}, ScalarType::Long);
   Tensor counts = torch::stable::new_empty(labels, {num_heads}, ScalarType::Long);
   Tensor first_invalid = torch::stable::new_empty(labels, {1}, ScalarType::Long);
   const auto run = [&](auto zero) {
     const auto rule =
         target_rule<decltype(zero)>(labels, document_ids, token_weights, seq_len, first_shift, ignore_index);
-    return select_rows(rule, num_heads, vocab_size, rows.mutable_data_ptr<int64_t>(),
+    return select_rows(rule, num_heads, vocab_size, marked, rows.mutable_data_ptr<int64_t>(),
                        counts.mutable_data_ptr<int64_t>());
   };
   const bool is_double = token_weights.has_value() && token_weights->scalar_type() == ScalarType::Double;

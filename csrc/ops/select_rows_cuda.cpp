@@ -14,13 +14,14 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> select_rows_cuda(const Tensor& labels, const OptionalTensor& document_ids,
                                                     const OptionalTensor& token_weights, int64_t num_heads,
                                                     int64_t seq_len, int64_t first_shift, int64_t ignore_index,
-                                                    int64_t vocab_size) {
+                                                    int64_t vocab_size, bool marked) {
   check_same_device(labels, {document_ids, token_weights});
   STD_TORCH_CHECK(num_heads >= 1, "num_heads must be at least 1, got ", num_heads);
   SelectRowsParams p{};
   p.rule = target_rule<float>(labels, document_ids, token_weights, seq_len, first_shift, ignore_index);
   p.num_heads = num_heads;
   p.vocab_size = vocab_size;
+  p.marked = marked;
   const torch::stable::accelerator::DeviceGuard guard(labels.get_device_index());
   const auto empty = [&](int64_t size) { return torch::stable::new_empty(labels, {size}, ScalarType::Long); };
   constexpr int64_t kWordsPerTile = sizeof(SelectedTile) / sizeof(int64_t);

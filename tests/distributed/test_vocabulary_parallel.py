@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import mtp_ext
 from tests.support import forked
+from tests.support.pretend_cuda import pretend_cuda
 
 pytestmark = pytest.mark.slow
 B, S, D, V, N = 2, 9, 16, 53, 3
@@ -95,6 +96,7 @@ def check_shards(sizes: list[int], rank: int) -> None:
                 dist.all_gather(losses, ours["loss"])
                 assert all(torch.equal(x, losses[0]) for x in losses), "ranks hold different losses"
     compare(evaluate_rows(shard, {"group": group}), evaluate_rows(slice(0, V), {}), shard, 1e-12)
+    check_a_gpus_bfloat16(shard)
     check_sizes_are_asked_for_once(shard)
     check_compiled(shard)
     bad = labels()
@@ -102,6 +104,28 @@ def check_shards(sizes: list[int], rank: int) -> None:
     x = inputs(torch.float32)
     with pytest.raises(ValueError, match=rf"\[0, {V}\)"):
         mtp_ext.multi_token_cross_entropy(x["hidden"], x["weight"][shard], bad, group=group)
+
+
+def check_a_gpus_bfloat16(shard: slice) -> None:
+    """Logits of a shard stay in bfloat16, as the tensor cores give them, and the ranks sum float32 products."""
+    logits, summed = set(), set()
+    mm, all_reduce = torch.mm, dist.all_reduce
+
+    def recorded_mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        logits.add(out.dtype)
+        return mm(a, b, out=out)
+
+    def recorded_sum(x: torch.Tensor, **keywords: Any) -> Any:
+        summed.add(x.dtype)
+        return all_reduce(x, **keywords)
+
+    whole = evaluate(slice(0, V), torch.float64, True, {})
+    with pretend_cuda(may_wait=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "mm", recorded_mm)
+        patch.setattr(dist, "all_reduce", recorded_sum)
+        ours = evaluate(shard, torch.bfloat16, True, {"group": dist.group.WORLD})
+    compare({k: x.to(whole[k].dtype) for k, x in ours.items()}, whole, shard, 4e-2)
+    assert logits == {torch.bfloat16} and torch.float32 in summed and torch.bfloat16 not in summed
 
 
 def check_sizes_are_asked_for_once(shard: slice) -> None:

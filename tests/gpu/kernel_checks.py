@@ -26,7 +26,8 @@ def selected_rows_equal_the_cpus(device: torch.device) -> None:
         found = []
         for on in (device, torch.device("cpu")):
             call = LossCall(labels.to(on), seq, heads, 1, torch.float32, document_ids=documents.to(on))
-            found.append([x.tolist() for x in select_rows(call, 90)])
+            selected = [select_rows(call, 90, marked=marked) for marked in (False, True)]
+            found.append([x.tolist() for x in (*selected[0], *selected[1])])
         assert found[0] == found[1]
 
 

@@ -22,7 +22,7 @@ struct Case {
 };
 
 template <typename label_t>
-void run(const Case& c, Order order, unsigned seed) {
+void run(const Case& c, Order order, unsigned seed, bool marked) {
   std::mt19937 rng(seed);
   std::uniform_real_distribution<double> uniform(0, 1);
   const auto size = static_cast<size_t>(c.batch * c.label_len);
@@ -47,7 +47,7 @@ void run(const Case& c, Order order, unsigned seed) {
   p.rule.label_len = p.rule.label_stride = p.rule.document_stride = c.label_len;
   p.rule.first_shift = c.first_shift;
   p.rule.ignore_index = -100;
-  p.num_heads = c.heads, p.vocab_size = c.vocab_size;
+  p.num_heads = c.heads, p.vocab_size = c.vocab_size, p.marked = marked;
   p.rows = rows.data(), p.counts = counts.data(), p.first_invalid = first_invalid.data(), p.tiles = tiles.data();
   emulator::device().order = order;
   CHECK(mtp::launch_select_rows(p, nullptr) == cudaSuccess);
@@ -68,6 +68,11 @@ void run(const Case& c, Order order, unsigned seed) {
         ++expected_counts.back();
       }
     }
+  }
+  if (marked) {
+    std::vector<int64_t> by_row(all, -1);
+    for (const int64_t row : expected_rows) by_row[static_cast<size_t>(row)] = row;
+    expected_rows = by_row;
   }
   expected_rows.resize(all, -1);
   CHECK(std::equal(rows.begin(), rows.end(), expected_rows.begin()));
@@ -97,7 +102,8 @@ int main() {
   unsigned seed = 0;
   for (const Case& c : cases)
     for (const Order order : {Order::kForward, Order::kReverse, Order::kShuffled})
-      c.int32_labels ? run<int32_t>(c, order, ++seed) : run<int64_t>(c, order, ++seed);
+      for (const bool marked : {false, true})
+        c.int32_labels ? run<int32_t>(c, order, ++seed, marked) : run<int64_t>(c, order, ++seed, marked);
   mtp::SelectRowsParams none{};
   CHECK(mtp::launch_select_rows(none, nullptr) == cudaErrorInvalidValue);
   return check::summary();

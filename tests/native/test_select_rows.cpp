@@ -30,7 +30,14 @@ Selected select(const std::vector<label_t>& labels, const std::vector<int32_t>& 
   rule.ignore_index = -100;
   Selected out{std::vector<int64_t>(static_cast<size_t>(heads * batch * seq_len), -7),
                std::vector<int64_t>(static_cast<size_t>(heads)), 0};
-  out.first_invalid = mtp::select_rows(rule, heads, 10, out.rows.data(), out.counts.data());
+  std::vector<int64_t> marked(out.rows.size(), -7), marked_counts(out.counts.size());
+  const int64_t marked_invalid = mtp::select_rows(rule, heads, 10, true, marked.data(), marked_counts.data());
+  out.first_invalid = mtp::select_rows(rule, heads, 10, false, out.rows.data(), out.counts.data());
+  CHECK(marked_invalid == out.first_invalid && marked_counts == out.counts);
+  std::vector<int64_t> expected(out.rows.size(), -1);
+  for (const int64_t row : out.rows)
+    if (row >= 0) expected[static_cast<size_t>(row)] = row;
+  CHECK(marked == expected);
   int64_t total = 0;
   for (const int64_t count : out.counts) total += count;
   for (size_t i = static_cast<size_t>(total); i < out.rows.size(); ++i) CHECK(out.rows[i] == -1);

@@ -14,12 +14,12 @@ def size(n_rows: int, vocab: int, width: int) -> int:
 @pytest.mark.parametrize(
     ("n_rows", "vocab", "width", "expected"),
     [
-        (16384, 32000, 1024, 4096),  # 256 MiB hold 4194 rows
-        (16384, 32000, 4096, 4096),  # half of the gradient is 250 MiB: the smallest workspace still
+        (16384, 32000, 1024, 8192),  # 512 MiB hold 8388 rows
+        (16384, 50304, 1024, 4096),  # 5336 rows
         (16384, 128256, 4096, 4096),  # 1 GiB holds 4186 rows
-        (16384, 128256, 1024, 2048),  # 256 MiB would hold 1046: never fewer than 2048
+        (16384, 256000, 1024, 2048),  # 512 MiB would hold 1048: never fewer than 2048
         (16384, 1000, 512, 8192),  # never more than 8192
-        (5000, 32000, 1024, 2560),  # two chunks, balanced, in whole tiles
+        (9000, 32000, 1024, 4608),  # two chunks, balanced, in whole tiles
         (100, 32000, 1024, 100),
         (0, 32000, 1024, 1),
     ],
@@ -44,8 +44,8 @@ def test_cpu_chunks_hold_128_mib(itemsize: int, expected: int) -> None:
     [
         (2048 + 512, None, 2560),  # 512 more rows of logits take no more than the float32 sum at D = 512
         (2048 + 513, None, 1281),
-        (4096 + 512, 512, 4608),
-        (4096 + 513, 512, 2432),  # two chunks, in whole tiles
+        (8192 + 512, 512, 8704),
+        (8192 + 513, 512, 4480),  # two chunks, in whole tiles
     ],
 )
 def test_one_chunk_instead_of_a_float32_sum(n_rows: int, gpu_width: int | None, expected: int) -> None:

@@ -151,7 +151,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             ),
             {},
         ),
-        "_select_rows": (ops._select_rows, (labels, None, None, 2, 5, 1, -100, V), {}),
+        "_select_rows": (ops._select_rows, (labels, None, None, 2, 5, 1, -100, V, True), {}),
         "_loss_rows_": (
             ops._loss_rows_,
             (
@@ -179,8 +179,6 @@ def test_every_operator_is_checked() -> None:
 def test_opcheck(name: str) -> None:
     operator, args, kwargs = operator_calls()[name]
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
-    if name == "_select_rows":
-        utilities = ("test_schema", "test_autograd_registration")  # behind the counts its rows are unspecified
     if name == "_fused_loss_":  # called by the operators' bodies alone, and never seen by a compiler
         utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(operator.default, args, kwargs, test_utils=utilities)

@@ -15,7 +15,6 @@ from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
 from mtp_ext.ops.loss.arguments import LossCall, Needs
 from mtp_ext.ops.loss.head_terms import float16_scale
 from mtp_ext.ops.loss.options import RowOptions
-from mtp_ext.ops.loss.row_selection import mark_rows
 from tests.support.accuracy import assert_accurate
 from tests.support.drawn_calls import calls
 from tests.support.loss_calls import Call
@@ -54,14 +53,6 @@ def test_nan_in_a_row_without_target_reaches_nothing(rows_stay_on_device: None) 
     grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
     assert loss.isfinite() and grad_weight.isfinite().all()
     assert torch.equal(grad_hidden[targets < 0], torch.zeros(2, 8))
-
-
-def test_marks_are_the_rows_that_count() -> None:
-    rows, valid = mark_rows(torch.tensor([1, 2, 4, -1, -1, -1]))
-    assert rows.tolist() == [-1, 1, 2, -1, 4, -1]
-    assert valid.tolist() == [False, True, True, False, True, False]
-    rows, valid = mark_rows(torch.empty(0, dtype=torch.int64))
-    assert rows.numel() == valid.numel() == 0
 
 
 @pytest.mark.parametrize(("rows", "scale"), [(0, 1.0), (1, 1.0), (3, 2.0), (4096, 4096.0), (10**6, 4096.0)])

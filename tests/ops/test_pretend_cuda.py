@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import assume, given
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_ext.ops import linear_cross_entropy, multi_token_cross_entropy
 from mtp_ext.ops.top_classes import top_classes
@@ -83,6 +86,31 @@ def test_decoding(rows: int) -> None:
         found = top_classes(hidden, weight, 1)
     assert found.ids.shape == (rows, 1) and found.ids.dtype == torch.int64
     torch.testing.assert_close(found.logits, expected.logits, rtol=0.01, atol=0.01)
+
+
+class _BeforeProduct(TorchDispatchMode):
+    """Records the operators that run before the first matrix product, views and allocations apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._found = self._found or func in (torch.ops.aten.mm.out, torch.ops.aten.addmm.out)
+        if not self._found and not func.is_view and "empty" not in str(func) and "detach" not in str(func):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"softcap": 5.0}], ids=str)
+def test_a_gpu_multiplies_before_the_host_prepares_the_rest(options: dict[str, float]) -> None:
+    """Rows are selected and gathered, and the first product is launched: weights, divisors and tables come later."""
+    hidden, weight = (torch.randn(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (40, 50))
+    targets = torch.randint(50, (40,))
+    with pretend_cuda(), _BeforeProduct() as before:
+        linear_cross_entropy(hidden, weight, targets, **options)
+    assert before.names == ["mtp_ext::_select_rows", "aten::ge.Scalar", "aten::new_zeros", "aten::where.self_out"]
 
 
 def test_what_would_make_the_host_wait_raises() -> None:

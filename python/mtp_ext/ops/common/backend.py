@@ -63,6 +63,10 @@ class Backend:
         """The dtype of logits from operands in ``compute_dtype``: the same if its GEMM is fast."""
         return compute_dtype
 
+    def shard_logits_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        """Like :meth:`logits_dtype`, for a shard of the vocabulary, whose rows are read twice."""
+        return torch.promote_types(compute_dtype, torch.float32)
+
     def row_stride(self, columns: int, itemsize: int) -> int:
         """The row stride of a logits buffer, in elements."""
         return columns
@@ -177,9 +181,13 @@ class CudaBackend(Backend):
         self.is_built = self.is_built if is_built is None else is_built
         self.has_kernels = self.is_built
 
+    def shard_logits_dtype(self, compute_dtype: torch.dtype) -> torch.dtype:
+        # Float32 operands would do without tensor cores. float16 gradients of a shard have no scale against underflow.
+        return compute_dtype if compute_dtype == torch.bfloat16 else super().shard_logits_dtype(compute_dtype)
+
     def row_stride(self, columns: int, itemsize: int) -> int:
         width = max(1, 16 // itemsize)  # rows are 16-byte aligned
-        return -(-columns // width) * width
+        return -(-max(1, columns) // width) * width  # of an empty shard of the vocabulary, too
 
     def matmul_(self, out: Tensor, a: Tensor, b: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
         if out.dtype == a.dtype:

@@ -21,8 +21,7 @@ class ChunkGemms:
     Args:
         weight: ``[V, D]``.
         compute_dtype: The dtype of the operands (the autocast dtype, or the inputs' own).
-        full_precision_logits: Never store logits in 16 bits.
-        gradient_scale: Scale of the logits' gradient, divided out of the products with it.
+        sharded: The weight is a shard of the vocabulary; ranks sum its ``dH``, which is then float32.
     """
 
     def __init__(
@@ -30,18 +29,18 @@ class ChunkGemms:
         weight: Tensor,
         compute_dtype: torch.dtype,
         *,
-        full_precision_logits: bool = False,
-        gradient_scale: float = 1.0,
+        sharded: bool = False,
     ) -> None:
         self._backend = backend_of(weight.device)
         self.compute_dtype = compute_dtype
-        self.logits_dtype = self._backend.logits_dtype(compute_dtype)
-        if full_precision_logits and self.logits_dtype.itemsize == 2:
-            self.logits_dtype = torch.float32
+        logits_dtype = self._backend.shard_logits_dtype if sharded else self._backend.logits_dtype
+        self.logits_dtype = logits_dtype(compute_dtype)
         self.widens = self.logits_dtype != compute_dtype
         # The gradient of the hidden states is unscaled in float32: it must not pass through float16.
-        self.product_dtype = torch.float32 if self.logits_dtype == torch.float16 else self.logits_dtype
-        self.gradient_unscale = 1.0 / gradient_scale
+        wide_products = sharded or self.logits_dtype == torch.float16
+        self.product_dtype = (
+            torch.promote_types(self.logits_dtype, torch.float32) if wide_products else self.logits_dtype
+        )
         self.weight = weight if self.widens else weight.to(compute_dtype)
         vocab_size = weight.shape[0]
         tile = WIDEN_TILE_ROWS if compute_dtype.itemsize == 2 else max(1, vocab_size)
@@ -58,21 +57,23 @@ class ChunkGemms:
             torch.mm(hidden, self._widened(tile).t(), out=out[:, tile])
         return out
 
-    def grad_hidden(self, grad_logits: Tensor, out: Tensor) -> Tensor:
-        """Computes ``out[c, d] = sum_v grad_logits[c, v] weight[v, d]``."""
+    def grad_hidden(self, grad_logits: Tensor, out: Tensor, by: float) -> Tensor:
+        """Computes ``out[c, d] = by * sum_v grad_logits[c, v] weight[v, d]``; ``by`` is 1 for widened weights."""
         if not self.widens:
-            return self._backend.matmul_(out, grad_logits, self.weight, alpha=self.gradient_unscale)
+            return self._backend.matmul_(out, grad_logits, self.weight, alpha=by)
         if not self._tiles:  # an empty shard of the vocabulary
             return out.zero_()
         for i, tile in enumerate(self._tiles):
             torch.addmm(out, grad_logits[:, tile], self._widened(tile), beta=float(i > 0), out=out)
         return out
 
-    def add_grad_weight(self, grad_logits: Tensor, hidden: Tensor, grad_weight: Tensor, *, accumulate: bool) -> None:
-        """Adds ``sum_c grad_logits[c, v] hidden[c, d]`` to ``grad_weight[v, d]``, or overwrites it."""
+    def add_grad_weight(
+        self, grad_logits: Tensor, hidden: Tensor, grad_weight: Tensor, by: float, *, accumulate: bool
+    ) -> None:
+        """Adds ``by * sum_c grad_logits[c, v] hidden[c, d]`` to ``grad_weight[v, d]``, or overwrites it."""
         beta = 1.0 if accumulate else 0.0  # beta 0 does not read uninitialised memory
-        self._backend.matmul_(grad_weight, grad_logits.t(), hidden, beta=beta, alpha=self.gradient_unscale)
+        self._backend.matmul_(grad_weight, grad_logits.t(), hidden, beta=beta, alpha=by)
 
-    def add_grad_bias(self, grad_logits: Tensor, grad_bias: Tensor) -> None:
-        """Computes ``grad_bias[v] += sum_c grad_logits[c, v]``."""
-        self._backend.add_column_sum_(grad_bias, grad_logits, self.gradient_unscale)
+    def add_grad_bias(self, grad_logits: Tensor, grad_bias: Tensor, by: float) -> None:
+        """Computes ``grad_bias[v] += by * sum_c grad_logits[c, v]``."""
+        self._backend.add_column_sum_(grad_bias, grad_logits, by)

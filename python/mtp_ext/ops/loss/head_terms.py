@@ -100,7 +100,7 @@ def _gradient_scale(
         row_weights: ``[n * B * S]``, another factor of it.
     """
     in_float16 = backend_of(heads.device).logits_dtype(call.compute_dtype) == torch.float16
-    # Incoming row gradients have their own scale; a shard's logits are float32.
+    # Incoming row gradients have their own scale; a shard's logits are not float16.
     if not in_float16 or call.row_scale is not None or call.lse_grad is not None or shard is not None:
         return 1.0
     if call.divisor is None:

@@ -47,13 +47,16 @@ def _as(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 class SelectedRows(NamedTuple):
     """The rows with a target."""
 
-    rows: Tensor  # [n * B * S] int64: the flat indices of rows with a target, ascending, then -1
+    rows: Tensor  # [n * B * S] int64: the flat indices of rows with a target, ascending, then -1; or marked
     counts: Tensor  # [n] int64
     first_invalid: Tensor  # [1] int64: the flat index into labels of a target outside [0, vocab_size), or -1
 
 
-def select_rows(call: LossCall, vocab_size: int) -> SelectedRows:
-    """Selects the rows with a target of a prepared call, on its device."""
+def select_rows(call: LossCall, vocab_size: int, *, marked: bool = False) -> SelectedRows:
+    """Selects the rows with a target of a prepared call, on its device.
+
+    ``marked`` rows stay where they are: each holds its own index, or -1 without a target.
+    """
     return SelectedRows._make(
         torch.ops.mtp_ext._select_rows(
             call.labels,
@@ -64,6 +67,7 @@ def select_rows(call: LossCall, vocab_size: int) -> SelectedRows:
             call.first_shift,
             call.ignore_index,
             vocab_size,
+            marked,
         )
     )
 
@@ -78,6 +82,7 @@ def _(
     first_shift: int,
     ignore_index: int,
     vocab_size: int,
+    marked: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def empty(size: int) -> Tensor:
         return labels.new_empty(size, dtype=torch.int64)

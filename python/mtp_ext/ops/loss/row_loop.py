@@ -7,6 +7,7 @@ counting rows would sync, and sharded vocabularies, whose ranks communicate afte
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext.ops.common import checks
-from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.backend import backend_of, can_read
 from mtp_ext.ops.common.result import RowTables
 from mtp_ext.ops.common.workspace import empty
 from mtp_ext.ops.loss.arguments import LossCall, Needs, WeightSums, saved_grad_dtype
@@ -56,18 +57,32 @@ class RowLoop:
 
     def __init__(self, call: LossCall, weight: Tensor, needs: Needs) -> None:
         self.call, self.weight, self.needs = prepared(call), weight.detach(), needs
-        call, device = self.call, weight.device
+        call = self.call
         self.shard = None if call.group is None else VocabularyShard.of(weight, call.group)
-        vocab_size = weight.shape[-2] if self.shard is None else self.shard.total
-        selected = select_rows(call, vocab_size)
-        checks.check_targets_in_range(call.labels, selected.first_invalid, vocab_size, call.ignore_index)
+        self._vocab_size = weight.shape[-2] if self.shard is None else self.shard.total
+        selected = select_rows(call, self._vocab_size, marked=not can_read(call.labels))
+        checks.check_targets_in_range(call.labels, selected.first_invalid, self._vocab_size, call.ignore_index)
         checks.check_max_valid(selected.counts, call.max_valid)
         self.n_valid = selected.counts
         self.selection = RowSelection.of(selected, call)
-        self.terms = HeadTerms.of(call, self.selection, selected.counts, vocab_size, self.shard)
-        self._tables = RowTables.zeros(call.n_heads, *call.row_shape, dtype=call.acc_dtype, device=device)
         self._buffers: dict[str, Tensor] = {}
         self._gemms: dict[int, ChunkGemms] = {}
+
+    # Nothing that the first product does not need is made before it: a GPU then multiplies while the host prepares.
+
+    @functools.cached_property
+    def terms(self) -> HeadTerms:
+        """The weights of the rows."""
+        return HeadTerms.of(self.call, self.selection, self.n_valid, self._vocab_size, self.shard)
+
+    @functools.cached_property
+    def _tables(self) -> RowTables:
+        call = self.call
+        return RowTables.zeros(call.n_heads, *call.row_shape, dtype=call.acc_dtype, device=self.weight.device)
+
+    @functools.cached_property
+    def _zero(self) -> Tensor:
+        return self.weight.new_zeros(())
 
     @property
     def divisors(self) -> Tensor:
@@ -160,8 +175,7 @@ class RowLoop:
             made = ChunkGemms(
                 self.weight[k] if self.weight.dim() == 3 else self.weight,
                 self.call.compute_dtype,
-                full_precision_logits=self.shard is not None,
-                gradient_scale=self.terms.gradient_scale,
+                sharded=self.shard is not None,
             )
             self._gemms = {k: made}
         return self._gemms[k]
@@ -192,15 +206,16 @@ class RowLoop:
 
     def _products(self, low: int, high: int, z: Tensor, h: Tensor, gemms: ChunkGemms, out: _ChunkGradients) -> None:
         pending: torch.distributed.Work | None = None
+        by = 1.0 / self.terms.gradient_scale
         if out.hidden:
-            grad, in_place = self._grad_hidden(low, high, z, gemms, out.hidden)
+            grad, in_place = self._grad_hidden(low, high, z, by, gemms, out.hidden)
             if self.shard is not None:
                 pending = self.shard.sum_async_(grad)  # overlaps with the weight's GEMM below
         if out.weight is not None:
-            gemms.add_grad_weight(z, h, out.weight, accumulate=out.accumulate)
+            gemms.add_grad_weight(z, h, out.weight, by, accumulate=out.accumulate)
             out.accumulate = True
         if out.bias is not None:
-            gemms.add_grad_bias(z, out.bias)
+            gemms.add_grad_bias(z, out.bias, by)
         if out.hidden:
             if pending is not None:
                 pending.wait()
@@ -221,21 +236,21 @@ class RowLoop:
             if valid is None:
                 buffer[where].copy_(picked.to(gemms.compute_dtype))
             else:
-                copy_valid_rows(picked.to(gemms.compute_dtype), valid[low:high][where], buffer[where])
+                copy_valid_rows(picked.to(gemms.compute_dtype), valid[low:high][where], self._zero, buffer[where])
         assert buffer is not None, "a chunk has at least one row"
         return buffer
 
     def _grad_hidden(
-        self, low: int, high: int, z: Tensor, gemms: ChunkGemms, grads: Mapping[int, Tensor]
+        self, low: int, high: int, z: Tensor, by: float, gemms: ChunkGemms, grads: Mapping[int, Tensor]
     ) -> tuple[Tensor, bool]:
         """Computes the chunk's gradient ``[C, D]``; also returns whether it was written in place to ``grads``."""
         pieces = list(self.selection.pieces(low, high))
         head, _, index = pieces[0]
         target = grads[head]
         if len(pieces) == 1 and isinstance(index, slice) and target.dtype == gemms.product_dtype:
-            return gemms.grad_hidden(z, target[index]), True
+            return gemms.grad_hidden(z, target[index], by), True
         buffer = self._buffer("grad_hidden", (high - low, gemms.weight.shape[1]), gemms.product_dtype)
-        return gemms.grad_hidden(z, buffer), False
+        return gemms.grad_hidden(z, buffer, by), False
 
     def _scatter(self, low: int, high: int, grad: Tensor, grads: Mapping[int, Tensor]) -> None:
         for head, where, index in self.selection.pieces(low, high):

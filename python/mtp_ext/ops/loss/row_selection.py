@@ -8,6 +8,7 @@ hidden states, so that nothing in it, NaN included, reaches a product.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,25 +31,31 @@ class RowSelection:
     rows: Tensor  # [offsets[-1]] int64, flat (head, b, s), or -1 without a target
     offsets: list[int]  # [n + 1]: head k's rows are rows[offsets[k] : offsets[k + 1]]
     rows_per_head: int  # B * S
-    flat: Tensor  # like rows, with the indices of marked rows too; every index once
+    order: Tensor | None = None  # like rows, with the indices of marked rows too, every index once; None: all in order
     valid: Tensor | None = None  # [offsets[-1]] bool, False at marked rows; None: no row is marked
 
     @staticmethod
     def of(selected: SelectedRows, call: LossCall) -> RowSelection:
-        """Chooses the rows to process from those of :func:`mtp_ext.ops.loss.row_kernels.select_rows`."""
+        """Chooses the rows to process from those of :func:`mtp_ext.ops.loss.row_kernels.select_rows`, which are marked
+        where the host cannot read their counts."""
         rows_per_head = call.rows_per_head
         if can_read(selected.counts):
             offsets = _offsets(selected.counts.tolist())
             rows = selected.rows[: offsets[-1]]
             return RowSelection(rows, offsets, rows_per_head, rows)
         limits = most_rows(call)
-        rows, valid = mark_rows(selected.rows)
+        rows, valid = selected.rows, selected.rows >= 0
         n_rows = len(rows)
         if WORTHWHILE_SHARE * (n_rows - sum(limits)) < n_rows or n_rows == 0:
             limits = [rows_per_head] * len(limits)
-            return RowSelection(rows, _offsets(limits), rows_per_head, torch.arange(n_rows, device=rows.device), valid)
+            return RowSelection(rows, _offsets(limits), rows_per_head, valid=valid)
         flat, valid = valid_rows_first(valid.view(len(limits), rows_per_head), limits)
         return RowSelection(torch.where(valid, flat, -1), _offsets(limits), rows_per_head, flat, valid)
+
+    @functools.cached_property
+    def flat(self) -> Tensor:
+        """Like ``rows``, with the indices of marked rows too; every index once."""
+        return torch.arange(len(self.rows), device=self.rows.device) if self.order is None else self.order
 
     def count(self, head: int) -> int:
         """The number of rows processed for a 0-based head."""
@@ -81,21 +88,6 @@ def most_rows(call: LossCall) -> list[int]:
     return within if call.max_valid is None else [min(a, b) for a, b in zip(within, call.max_valid, strict=True)]
 
 
-def mark_rows(selected: Tensor) -> tuple[Tensor, Tensor]:
-    """Expands the compacted indices of rows with a target into a mask over all rows.
-
-    Args:
-        selected: ``[M]`` int64, the flat indices of rows with a target, then -1.
-    Returns:
-        ``rows`` ``[M]``, each row's own index or -1, and ``valid`` ``[M]`` bool.
-    """
-    n_rows = selected.shape[0]
-    valid = torch.zeros(n_rows + 1, dtype=torch.bool, device=selected.device)  # the last entry takes every -1
-    valid.index_fill_(0, torch.where(selected < 0, n_rows, selected), True)
-    valid = valid[:n_rows]
-    return torch.where(valid, torch.arange(n_rows, device=selected.device), -1), valid
-
-
 def valid_rows_first(valid: Tensor, limits: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Moves each head's rows with a target to the front and returns the first ``limits[k]`` rows.
 
@@ -119,9 +111,9 @@ def valid_rows_first(valid: Tensor, limits: Sequence[int]) -> tuple[Tensor, Tens
     return torch.cat(flat), torch.cat(found)
 
 
-def copy_valid_rows(source: Tensor, valid: Tensor, out: Tensor) -> None:
-    """Copies ``source[i]`` to ``out[i]`` where ``valid[i]``, else 0: ``[C, D]``, ``[C]``, ``[C, D]``."""
-    keep, zero = valid[:, None], source.new_zeros(())
+def copy_valid_rows(source: Tensor, valid: Tensor, zero: Tensor, out: Tensor) -> None:
+    """Copies ``source[i]`` to ``out[i]`` where ``valid[i]``, else the 0-d ``zero``: ``[C, D]``, ``[C]``, ``[C, D]``."""
+    keep = valid[:, None]
     if source.dtype == out.dtype:
         torch.where(keep, source, zero, out=out)
     else:

@@ -41,8 +41,8 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
 template <typename... Formal>
 cudaError_t permit_shared_memory(void (*kernel)(Formal...), const LaunchShape& shape) {
   if (shape.shared_bytes <= kSharedBytesWithoutCarveout) return cudaSuccess;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                           cudaSharedmemCarveoutMaxShared);
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess || shape.shared_bytes <= kSharedBytesWithoutPermission) return error;
   DeviceLimits limits;
   error = device_limits(&limits);

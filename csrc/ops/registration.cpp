@@ -4,7 +4,8 @@
 STABLE_TORCH_LIBRARY(mtp_ext, m) {
   m.def(
       "_select_rows(Tensor labels, Tensor? document_ids, Tensor? token_weights, int num_heads, int seq_len, "
-      "int first_shift, int ignore_index, int vocab_size, bool marked) -> (Tensor rows, Tensor counts, Tensor first_invalid)");
+      "int first_shift, int ignore_index, int vocab_size, bool marked) -> (Tensor rows, Tensor counts, Tensor "
+      "first_invalid)");
   m.def(
       "_loss_rows_(Tensor(a!) logits, Tensor rows, Tensor labels, Tensor?[] tensors, float[] options, "
       "float class_weight_sum, int[] sizes, bool write_gradient, Tensor(b!)[] tables, str stage, "

@@ -5,28 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 
+from mtp_ext.generate.measure import DecodingMeasurement
 from mtp_ext.train.checkpoint.saved_model import TOKENIZER_DIRECTORY, SavedModel, find_dataset, load_saved_model
 from mtp_ext.train.data import Dataset, prepare_data
+from mtp_ext.train.decoding import DecodeConfig, measure_on_split
 from mtp_ext.train.device import choose_compute
 from mtp_ext.train.evaluate import evaluate
 from mtp_ext.train.metrics import finite
-from mtp_ext.train.report.summary import accept_line, evaluation_table, facts_table
+from mtp_ext.train.report.plots import plot_acceptance
+from mtp_ext.train.report.summary import accept_line, decoding_facts, decoding_table, evaluation_table, facts_table
 from mtp_ext.train.run import default_cache
 
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Measure a trained model: loss and top-1 of each head, accept length.
+    """Measure a trained model: loss and top-1 of each head, accept length; tokens per forward, drafts accepted.
 
     By default on the validation split of its training, in the order and batches of the run's final validation, which
-    gives the same numbers.
+    gives the same numbers. Then continuations of the same text are decoded in float32, to see which drafts are
+    accepted.
     """
 
     checkpoint: Path
@@ -37,8 +41,11 @@ class EvaluateCommand:
     """Split of the training corpus to measure on, without --source."""
     batches: int = 0
     """Maximum number of batches, spread evenly over the split; 0 takes all."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     json: bool = False
     """Print the numbers as JSON."""
+    out: Path | None = None
+    """Also write evaluation.json, and acceptance.png if there are drafts, into this directory."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: a GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] | None = None
@@ -52,12 +59,15 @@ def run(arguments: Sequence[str]) -> int:
     command = tyro.cli(EvaluateCommand, args=list(arguments), prog="mtp evaluate")
     if command.batches < 0:
         raise ValueError(f"batches must be at least 0, got {command.batches}")
+    if command.out is not None:
+        command.out.mkdir(parents=True, exist_ok=True)
     compute = choose_compute(command.device)
     saved = load_saved_model(command.checkpoint, compute.device)
     compute = choose_compute(command.device, command.precision or saved.config.precision)
+    dataset = prepare(command, saved)
     evaluation = evaluate(
         saved.model,
-        prepare(command, saved),
+        dataset,
         compute,
         seq_len=saved.config.batch.seq_len,
         batch_size=saved.config.evaluation.batch_size,
@@ -66,15 +76,36 @@ def run(arguments: Sequence[str]) -> int:
         schedule=saved.config.loss.schedule,
         head_weights=saved.config.loss.head_weights,
     )
+    record: dict[str, Any] = {"checkpoint": str(saved.checkpoint.path), **evaluation.as_dict()}
+    decoded = None
+    if command.decode.prompts:
+        decode = command.decode.fitted(saved.config.batch.seq_len)
+        (decoded,) = measure_on_split(saved.model, dataset, command.split, decode)
+        record["decoding"] = {**dataclasses.asdict(decode), **decoded.as_dict()}
+    document = json.dumps(finite(record), indent=2)
+    if command.out is not None:
+        write(command.out, document, decoded)
     if command.json:
-        print(json.dumps(finite({"checkpoint": str(saved.checkpoint.path), **evaluation.as_dict()}), indent=2))
+        print(document)
         return 0
     console = Console()
     title = f"{command.split} split".capitalize() if command.source is None else "Given source"
     console.print(evaluation_table(evaluation, title))
     facts = [accept_line(evaluation), ("tokens", f"{evaluation.n_tokens:,}")]
     console.print(facts_table([*facts, ("checkpoint", str(saved.checkpoint.path))]))
+    if decoded is not None:
+        if decoded.n_draft:
+            how = "greedy" if command.decode.temperature == 0 else f"temperature {command.decode.temperature:g}"
+            console.print(decoding_table(decoded, f"Decoding, {how}"))
+        console.print(facts_table(decoding_facts(decoded)))
     return 0
+
+
+def write(directory: Path, document: str, decoded: DecodingMeasurement | None) -> None:
+    """Writes the numbers and the plot."""
+    (directory / "evaluation.json").write_text(document + "\n", encoding="utf-8")
+    if decoded is not None and decoded.n_draft:
+        plot_acceptance(decoded, directory / "acceptance.png")
 
 
 def prepare(command: EvaluateCommand, saved: SavedModel) -> Dataset:

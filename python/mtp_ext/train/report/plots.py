@@ -1,4 +1,4 @@
-"""Plots of a run: loss per head and accept length over tokens."""
+"""Plots: loss per head and accept length of a run over its tokens; how often each draft was accepted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MultipleLocator
 
+from mtp_ext.generate.measure import DecodingMeasurement
 from mtp_ext.train.report.record import METRICS_FILE, read_metrics
 
 SIZE_INCHES, DPI = (8.0, 5.0), 150
@@ -34,6 +35,26 @@ def plot_run(directory: Path) -> list[Path]:
     for name, figure in figures.items():
         figure.savefig(directory / name, dpi=DPI)
     return [directory / name for name in figures]
+
+
+def plot_acceptance(measured: DecodingMeasurement, path: Path) -> None:
+    """Draws how often each draft was accepted, with the intervals, into a PNG file."""
+    value = measured.tokens_per_forward.value
+    figure, axes = _axes(
+        f"Drafts accepted on held-out text: {value:.2f} tokens per forward", "fraction accepted", "draft"
+    )
+    series = {
+        "of all rounds": measured.acceptance_per_position,
+        "of the rounds that accepted those before it": measured.conditional_acceptance,
+    }
+    for shift, colour, (label, rates) in zip((-0.03, 0.03), COLOURS, series.items(), strict=False):
+        x = [position + shift for position in range(1, 1 + len(rates))]  # apart: the first points coincide
+        errors = [[max(0.0, r.value - r.low) for r in rates], [max(0.0, r.high - r.value) for r in rates]]
+        axes.errorbar(x, [r.value for r in rates], errors, color=colour, marker="o", capsize=3, label=label)
+    axes.xaxis.set_major_locator(MultipleLocator(1))
+    axes.set_ylim(0.0, 1.0)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=DPI)
 
 
 def _losses(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
@@ -65,11 +86,11 @@ def _accept_length(train: list[dict[str, Any]], validation: list[dict[str, Any]]
     return figure
 
 
-def _axes(title: str, y_label: str) -> tuple[Figure, Axes]:
+def _axes(title: str, y_label: str, x_label: str = "tokens trained on") -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left")
-    axes.set_xlabel("tokens trained on")
+    axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)

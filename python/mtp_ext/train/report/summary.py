@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -9,8 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from mtp_ext.generate.measure import INTERVAL, DecodingMeasurement, Estimate
 from mtp_ext.train.evaluate import Evaluation
-from mtp_ext.train.metrics import shown
+from mtp_ext.train.metrics import finite, shown
 from mtp_ext.train.progress import Ending, Progress
 from mtp_ext.train.report.display import format_duration
 from mtp_ext.train.report.sample import HeldOut
@@ -35,6 +37,34 @@ def accept_line(evaluation: Evaluation) -> tuple[str, str]:
     """Returns label and value of the accept length."""
     n = len(evaluation.heads.head_loss)
     return "accept length", f"{shown(evaluation.heads.accept_length, '.2f')} of {n} tokens per self-speculative step"
+
+
+def decoding_table(measured: DecodingMeasurement, title: str) -> Table:
+    """Builds a table of how often each draft was accepted."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("draft")
+    for name in ("accepted", "accepted after\nthose before"):
+        table.add_column(name, justify="right")
+    rates = zip(measured.acceptance_per_position, measured.conditional_acceptance, strict=True)
+    for position, row in enumerate(rates, start=1):
+        table.add_row(str(position), *(with_interval(rate, ".1%") for rate in row))
+    return table
+
+
+def decoding_facts(measured: DecodingMeasurement) -> list[tuple[str, str]]:
+    """Returns labels and values of the tokens per forward and of what they were measured on."""
+    n_tokens = sum(row.n_tokens for row in measured.rows)
+    return [
+        ("tokens/forward", f"{with_interval(measured.tokens_per_forward, '.2f')} of {1 + measured.n_draft}"),
+        ("decoded", f"{n_tokens:,} tokens after {len(measured.rows)} prompts"),
+        ("intervals", INTERVAL),
+    ]
+
+
+def with_interval(rate: Estimate, form: str) -> str:
+    """Formats an estimate, and its interval if there is one."""
+    value, low, high = (shown(finite(number), form) for number in rate)
+    return f"{value} ({low} to {high})" if math.isfinite(rate.low) else value
 
 
 def facts_table(facts: list[tuple[str, str]]) -> Table:

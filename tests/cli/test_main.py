@@ -162,10 +162,11 @@ def test_training_ends_with_all_that_was_promised(capsys: pytest.CaptureFixture[
     write_config(dataclasses.replace(config, logging=logging), tmp_path)
     code, out, _ = call(capsys, "train", "--config", str(tmp_path / "config.toml"))
     assert code == 0
-    for part in ("nats/token", "nats/byte", "top-1", "accept length", "tokens per second", "peak memory", "held out"):
+    losses, speeds = ("nats/token", "nats/byte", "top-1"), ("accept length", "tokens per forward", "tokens per second")
+    for part in (*losses, *speeds, "peak memory", "held out"):
         assert part in out, part
-    paths = re.findall(r"^(?:checkpoint|plot|records)\s+(\S+)$", out, flags=re.MULTILINE)
-    assert len(paths) == 4 and all(Path(path).exists() for path in paths)
+    paths = re.findall(r"^(?:checkpoint|plot|records|summary)\s+(\S+)$", out, flags=re.MULTILINE)
+    assert len(paths) == 5 and all(Path(path).exists() for path in paths)
 
 
 def test_a_prepared_run_can_be_continued_by_its_path(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from mtp_ext.cli.main import main
 from mtp_ext.generate.measure import measure_decoding
+from mtp_ext.train.checkpoint.directory import list_checkpoints
 from mtp_ext.train.checkpoint.saved_model import load_saved_model
+from mtp_ext.train.config import BatchConfig, LoggingConfig, ModelConfig, TrainConfig
 from mtp_ext.train.data import TokenSplit
-from mtp_ext.train.decoding import DecodeConfig, choose_prompts, measure_on_split
+from mtp_ext.train.decoding import DecodeConfig, choose_prompts, compare_with_drafts, measure_on_split
+from mtp_ext.train.run import train
 from tests.train.tiny import run, tiny_config, tiny_dataset, tiny_model, write_corpus
 
 
@@ -159,3 +165,64 @@ def test_several_numbers_of_drafts_decode_alike(tmp_path: Path) -> None:
     model = tiny_model(config, dataset)
     plain, drafted = measure_on_split(model, dataset, "validation", DecodeConfig(prompts=3), [0, 1])
     assert (plain.n_draft, drafted.n_draft) == (0, 1) and drafted.same_texts(plain) == 3
+
+
+def with_sample(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, logging=dataclasses.replace(config.logging, sample_tokens=4))
+
+
+def test_a_run_ends_with_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = with_sample(tiny_config(tmp_path, max_steps=3))
+    outcome = train(config, None, Console())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    plain, drafted = summary["decoding"]
+    assert (plain["n_draft"], drafted["n_draft"], drafted["same_texts"]) == (0, 1, 6)
+    assert drafted["n_tokens"] == plain["n_tokens"] and plain["tokens_per_forward"]["value"] == 1
+    length, faster = drafted["tokens_per_forward"]["value"], drafted["tokens_per_second"] / plain["tokens_per_second"]
+    shown = capsys.readouterr().out
+    assert f"{length:.2f} tokens per forward, {faster:.2f} times as fast as without" in shown
+    assert "the same with and without drafts for 6 of 6 held-out prompts" in shown
+    assert outcome.evaluation is not None and summary["validation"] == outcome.evaluation.as_dict()
+    assert summary["step"] == 3 and summary["tokens_per_second"] == outcome.ending.tokens_per_second
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logging": LoggingConfig(tensorboard=False, plots=False, sample_tokens=0)},
+        {"model": ModelConfig(n_future=1, d_model=16, n_layers=2, n_attn_heads=2)},
+        {"model": ModelConfig(variant="sequential_modules", n_future=2, d_model=16, n_layers=3, n_attn_heads=2)},
+        {"batch": BatchConfig(seq_len=2)},
+        {"batch": BatchConfig(seq_len=1), "model": ModelConfig(n_future=2, d_model=16, n_attn_heads=2, max_seq_len=1)},
+    ],
+    ids=["no sample", "one head", "heads that read drafts", "no room", "one position"],
+)
+def test_a_run_without_drafts_has_no_comparison(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = with_sample(tiny_config(tmp_path, max_steps=1))
+    run(dataclasses.replace(config, **changes))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["decoding"] == [] and summary["validation"]["evaluated_tokens"] > 0
+
+
+def test_nothing_held_out_is_no_error(tmp_path: Path) -> None:
+    config = with_sample(tiny_config(tmp_path, max_steps=1))
+    run(dataclasses.replace(config, data=dataclasses.replace(config.data, validation_fraction=0.0)))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["decoding"] == [] and summary["validation"] is None
+
+
+def test_a_summary_is_not_left_from_an_earlier_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path, max_steps=1)
+    outcome = run(config)
+    monkeypatch.setattr("mtp_ext.train.loop.Loop.run", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(dataclasses.replace(config, max_steps=2), list_checkpoints(outcome.checkpoint.parent)[-1])
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_comparison_stops_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path)
+    dataset = tiny_dataset(config)
+    monkeypatch.setattr("mtp_ext.train.decoding.COMPARISON_SECONDS", 0.0)
+    plain, drafted = compare_with_drafts(tiny_model(config, dataset), dataset, 24)
+    assert len(plain.rows) == len(drafted.rows) == 1

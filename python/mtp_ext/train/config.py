@@ -250,7 +250,8 @@ class LoggingConfig:
     plots: bool = field(default=True, metadata=FREE)
     """Plot the losses and the accept length as PNGs at the end."""
     sample_tokens: int = field(default=96, metadata=FREE)
-    """Tokens of the sample generated at the end; 0 generates none."""
+    """Tokens of the sample generated at the end; 0 generates none, and does not compare decoding with and without
+    drafts."""
 
     def __post_init__(self) -> None:
         _check_at_least(1, "logging.", self, "every_steps")

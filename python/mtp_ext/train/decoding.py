@@ -13,9 +13,11 @@ from torch import Tensor
 from mtp_ext.generate.measure import DecodingMeasurement, measure_decoding
 from mtp_ext.nn import MTPModel
 from mtp_ext.train.data import Dataset, TokenSplit
+from mtp_ext.train.data.dataset import VALIDATION
 
 NDraft = int | Literal["auto"] | None
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
+COMPARED_PROMPTS, COMPARISON_SECONDS = 6, 3.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,23 @@ def measure_on_split(
         top_p=config.top_p,
         eos_token=dataset.tokenizer.separator_id,
     )
+
+
+def compare_with_drafts(model: MTPModel, dataset: Dataset, seq_len: int) -> list[DecodingMeasurement]:
+    """Decodes a few held-out prompts without and with drafts, one after the other, in a few seconds.
+
+    Args:
+        model: The model.
+        dataset: The tokenised corpus.
+        seq_len: Tokens of a training sequence.
+    Returns:
+        Two measurements; none where there are no drafts, no held-out text or no room for a round.
+    """
+    heads = model.heads
+    if heads.n_heads < 2 or heads.reads_tokens or VALIDATION not in dataset.splits or seq_len < 3:
+        return []
+    config = DecodeConfig(prompts=COMPARED_PROMPTS, batch_size=1).fitted(seq_len)
+    return measure_on_split(model, dataset, VALIDATION, config, [0, None], COMPARISON_SECONDS)
 
 
 def choose_prompts(split: TokenSplit, count: int, prompt_tokens: int, new_tokens: int) -> list[Tensor]:

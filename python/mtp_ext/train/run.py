@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from mtp_ext.generate.measure import DecodingMeasurement
 from mtp_ext.nn import MTPModel
 from mtp_ext.train.checkpoint.directory import Checkpoint, list_checkpoints
 from mtp_ext.train.checkpoint.resume import hold_run
@@ -16,6 +18,7 @@ from mtp_ext.train.checkpoint.saved_model import find_dataset
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.config_file import write_config
 from mtp_ext.train.data import Dataset, prepare_data
+from mtp_ext.train.decoding import compare_with_drafts
 from mtp_ext.train.device import Compute, choose_compute
 from mtp_ext.train.evaluate import Evaluation
 from mtp_ext.train.initial_weights import load_initial_weights
@@ -40,12 +43,14 @@ class Outcome:
         checkpoint: Its last checkpoint.
         ending: How its loop ended.
         evaluation: The final validation; ``None`` if the run was stopped or nothing is held out.
+        decoding: Held-out prompts continued without and with drafts; empty if the run was stopped, or cannot draft.
     """
 
     directory: Path
     checkpoint: Path
     ending: Ending
     evaluation: Evaluation | None
+    decoding: Sequence[DecodingMeasurement]
 
 
 def default_cache() -> Path:
@@ -94,6 +99,7 @@ def _train(
     if checkpoint is not None:
         trainer.load(checkpoint)
     write_config(config, directory)
+    (directory / summary.SUMMARY_FILE).unlink(missing_ok=True)  # of an earlier part of the run
     display.say(_headline(dataset, model, compute.describe(), directory))
     if initial is not None:
         unknown = "" if initial.tokenizer else " (no tokenizer.json beside them to compare)"
@@ -113,7 +119,8 @@ def _train(
         path = list_checkpoints(trainer.checkpoints)[-1].path
         try:
             evaluation = None if ending.received else _validate(trainer, record, display)
-            outcome = Outcome(directory, path, ending, evaluation)
+            decoding = [] if ending.received else _decode(trainer, display)
+            outcome = Outcome(directory, path, ending, evaluation, decoding)
             _show(trainer, outcome, console)
         except Exception as error:
             raise TrainingFailedError(
@@ -132,6 +139,14 @@ def _validate(trainer: Trainer, record: MetricsWriter, display: Display) -> Eval
     evaluation = trainer.evaluate(trainer.config.evaluation.final_batches)
     record.write("validation", trainer.progress.step, {**trainer.position(), **evaluation.as_dict(), "final": True})
     return evaluation
+
+
+def _decode(trainer: Trainer, display: Display) -> list[DecodingMeasurement]:
+    """Decodes held-out text without and with drafts at the end of a run, if it shows a sample."""
+    if not trainer.config.logging.sample_tokens:
+        return []
+    display.say("decoding held-out text without and with drafts")
+    return compare_with_drafts(trainer.model, trainer.dataset, trainer.config.batch.seq_len)
 
 
 def _headline(dataset: Dataset, model: MTPModel, device: str, directory: Path) -> str:
@@ -168,6 +183,9 @@ def _show(trainer: Trainer, outcome: Outcome, console: Console) -> None:
     if outcome.evaluation is not None:
         console.print(summary.evaluation_table(outcome.evaluation))
         facts.insert(0, summary.accept_line(outcome.evaluation))
+    if outcome.decoding:
+        facts[1:1] = summary.comparison_facts(*outcome.decoding)
+    summary.write_summary(outcome.directory, ending, trainer.progress, outcome.evaluation, outcome.decoding)
     console.print(summary.facts_table(facts))
     held_out = choose_held_out(trainer.dataset) if config.logging.sample_tokens else None
     if held_out is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -15,7 +17,10 @@ from mtp_ext.train.evaluate import Evaluation
 from mtp_ext.train.metrics import finite, shown
 from mtp_ext.train.progress import Ending, Progress
 from mtp_ext.train.report.display import format_duration
+from mtp_ext.train.report.record import METRICS_FILE
 from mtp_ext.train.report.sample import HeldOut
+
+SUMMARY_FILE = "summary.json"
 
 
 def evaluation_table(evaluation: Evaluation, title: str = "Validation") -> Table:
@@ -61,10 +66,40 @@ def decoding_facts(measured: DecodingMeasurement) -> list[tuple[str, str]]:
     ]
 
 
+def comparison_facts(plain: DecodingMeasurement, drafted: DecodingMeasurement) -> list[tuple[str, str]]:
+    """Returns labels and values of what drafts changed: the speed, and not the text."""
+    faster = shown(finite(drafted.tokens_per_second / plain.tokens_per_second), ".2f")
+    length = shown(finite(drafted.tokens_per_forward.value), ".2f")
+    same = f"{drafted.same_texts(plain)} of {len(plain.rows)}"
+    return [
+        ("with drafts", f"{length} tokens per forward, {faster} times as fast as without"),
+        ("greedy text", f"the same with and without drafts for {same} held-out prompts"),
+    ]
+
+
 def with_interval(rate: Estimate, form: str) -> str:
     """Formats an estimate, and its interval if there is one."""
     value, low, high = (shown(finite(number), form) for number in rate)
     return f"{value} ({low} to {high})" if math.isfinite(rate.low) else value
+
+
+def write_summary(
+    directory: Path,
+    ending: Ending,
+    progress: Progress,
+    evaluation: Evaluation | None,
+    decoding: Sequence[DecodingMeasurement],
+) -> None:
+    """Writes what the end of a run shows into its `summary.json`."""
+    record = {
+        **progress.state_dict(),
+        "tokens_per_second": ending.tokens_per_second,
+        "memory_bytes": ending.memory_bytes,
+        "validation": None if evaluation is None else evaluation.as_dict(),
+        "decoding": [{**m.as_dict(), "same_texts": m.same_texts(decoding[0])} for m in decoding],
+    }
+    text = json.dumps(finite(record), indent=2, allow_nan=False)
+    (directory / SUMMARY_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def facts_table(facts: list[tuple[str, str]]) -> Table:
@@ -106,7 +141,8 @@ def sample_panel(held_out: HeldOut, continuation: str) -> RenderableType:
 
 def print_paths(console: Console, checkpoint: Path, plots: list[Path], run: Path) -> None:
     """Prints the paths of the results, one per line, and a command to try."""
-    lines = [("checkpoint", checkpoint), *(("plot", plot) for plot in plots), ("records", run / "metrics.jsonl")]
+    lines = [("checkpoint", checkpoint), *(("plot", plot) for plot in plots), ("records", run / METRICS_FILE)]
+    lines.append(("summary", run / SUMMARY_FILE))
     for label, path in lines:
         console.print(f"{label:<11}{path}", highlight=False, markup=False, soft_wrap=True)
     console.print(

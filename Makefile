@@ -13,10 +13,10 @@ NATIVE_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu tes
   tests/native/emulator/*.h tests/native/emulator/*.cpp tests/native/emulator/include/*.h examples/cpp/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help env train quick test native sanitize lint format types bench fuzz clean distclean
+.PHONY: help env train quick test native sanitize lint format types bench decode-demo fuzz clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  ARGS="..." passes options on to mtp train, pytest, the benchmarks'
 
 env: ## .venv with the extension built in place (every command below does this first)
@@ -61,6 +61,9 @@ types: env ## mypy, strict
 bench: EXTRAS = bench
 bench: env ## every benchmark; ARGS="--quick --device cpu" for a look
 	@$(USE) for file in benchmarks/suites/[a-z]*.py; do python -m "benchmarks.suites.$$(basename "$$file" .py)" $(ARGS) || exit 1; done
+
+decode-demo: env ## train two small models, decode unseen packages with drafts: 45 minutes; ARGS="--minutes 2" for a look
+	@$(USE) python -m benchmarks.studies.decode_demo $(ARGS)
 
 fuzz: EXTRAS = test
 fuzz: env ## the property tests with many more examples

@@ -7,14 +7,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 
-from mtp_ext.generate import generate
+from mtp_ext.cli.draft_colours import Painter, RoundWriter, wants_colour
+from mtp_ext.generate import DecodingStats, generate
+from mtp_ext.generate.measure import RoundClock
 from mtp_ext.train.checkpoint.saved_model import load_saved_model
 from mtp_ext.train.data import Tokenizer
+from mtp_ext.train.decoding import NDraft
 from mtp_ext.train.device import choose_compute
+from mtp_ext.train.report.display import complain
 
 REPLACEMENT = "�"  # decoded from bytes that are not (yet) valid UTF-8
 
@@ -22,7 +27,11 @@ REPLACEMENT = "�"  # decoded from bytes that are not (yet) valid UTF-8
 @dataclass(frozen=True)
 class GenerateCommand:
     """Continue a text with a trained model, printed as it is generated. Without --prompt or --prompt-file, the text is
-    read from standard input."""
+    read from standard input.
+
+    On a terminal, the colour of a token tells which draft it was, if any (not with NO_COLOR). A last line on standard
+    error counts tokens, tokens per forward, accepted drafts and tokens per second.
+    """
 
     checkpoint: Path
     """Directory of a checkpoint, or of a run (its latest checkpoint)."""
@@ -32,9 +41,9 @@ class GenerateCommand:
     """A file with the text to continue."""
     max_new_tokens: int = 128
     """Maximum number of tokens to add."""
-    n_draft: int | None = None
+    n_draft: NDraft = None
     """Tokens that heads 2 to n draft in each round, for head 1 to verify: the text is as likely as without, in fewer
-    forwards. 0: one token at a time. Default: every head drafts."""
+    forwards. 0: one token at a time; auto: where drafts pay. Default: every head drafts."""
     temperature: float = 0.7
     """0 always takes the most likely token; higher values sample more freely."""
     top_k: int | None = None
@@ -61,24 +70,48 @@ def run(arguments: Sequence[str]) -> int:
             f"prompt must be shorter than the model's longest sequence of {saved.model.config.max_seq_len} tokens, got "
             f"{len(ids)}"
         )
-    stream = TextStream(saved.tokenizer, _write, ids)
-    generate(
-        saved.model,
-        torch.tensor([ids], device=compute.device),
-        min(command.max_new_tokens, room),
-        n_draft=command.n_draft,
-        temperature=command.temperature,
-        top_k=command.top_k,
-        top_p=command.top_p,
-        eos_token=saved.tokenizer.separator_id,
-        generator=torch.Generator(compute.device).manual_seed(command.seed),
-        on_tokens=lambda row, tokens: stream.add(tokens),
-    )
+    max_new_tokens, eos_token = min(command.max_new_tokens, room), saved.tokenizer.separator_id
+    paint = Painter(_write, coloured=wants_colour())
+    stream, clock = TextStream(saved.tokenizer, paint, ids), RoundClock()
+
+    def write_token(token: int, position: int) -> None:
+        paint.position = position
+        stream.add([token])
+
+    def on_tokens(row: int, tokens: list[int]) -> None:
+        clock(row, tokens)
+        rounds.add(tokens)
+
+    rounds = RoundWriter(write_token, max_new_tokens, eos_token)
+    options: dict[str, Any] = {
+        **{name: getattr(command, name) for name in ("n_draft", "temperature", "top_k", "top_p")},
+        "eos_token": eos_token,
+        "generator": torch.Generator(compute.device).manual_seed(command.seed),
+        "on_tokens": on_tokens,
+    }
+    prompts = torch.tensor([ids], device=compute.device)
+    stats = generate(saved.model, prompts, max_new_tokens, **options).stats
+    rounds.close(stats)
     stream.close()
     _write("\n")
+    paint.legend(len(stats.histogram) - 1)
+    complain(f"mtp generate: {statistics_line(stats, sum(clock.seconds))}")
     if command.max_new_tokens > room:
-        print(f"mtp generate: stopped after {room} tokens, the model's longest sequence", file=sys.stderr)
+        complain(f"mtp generate: stopped after {room} tokens, the model's longest sequence")
     return 0
+
+
+def statistics_line(stats: DecodingStats, seconds: float) -> str:
+    """Formats tokens, tokens per forward, accepted drafts and, without the prompt's forward, tokens per second."""
+    parts = [f"{stats.n_tokens} token{'s' * (stats.n_tokens != 1)}"]
+    if sum(stats.histogram):
+        parts.append(f"{stats.tokens_per_forward:.2f} tokens per forward")
+    if stats.n_drafted:
+        rates = " ".join(f"{rate:.0%}" for rate in stats.acceptance_rate_per_position)
+        parts.append(f"{stats.draft_acceptance_rate:.0%} of the drafts accepted (by position {rates})")
+    if seconds:
+        parts.append(f"{(stats.n_tokens - stats.n_first) / seconds:,.0f} tokens/s")
+    return ", ".join(parts)
 
 
 def read_prompt(command: GenerateCommand) -> str:

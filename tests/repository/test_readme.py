@@ -59,8 +59,8 @@ def output_of(arguments: list[str]) -> tuple[int, str]:
 
 
 @functools.cache
-def help_of(command: str) -> str:
-    code, shown = forked.call(output_of, [command, "--help"])
+def help_of(*command: str) -> str:
+    code, shown = forked.call(output_of, [*command, "--help"])
     assert code == 0, shown
     return shown
 
@@ -72,8 +72,9 @@ def test_commands_exist(line: str) -> None:
     options = [word for word in arguments if word.startswith("--")]
     if command == "train" and "--config" not in options:
         parse(arguments)
+    subcommand = arguments[:1] if command == "bench" else []
     for option in options:
-        assert re.search(rf"{re.escape(option)}\b", help_of(command)), f"mtp {command} has no {option}"
+        assert re.search(rf"{re.escape(option)}\b", help_of(command, *subcommand)), f"mtp {command} has no {option}"
 
 
 def results(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

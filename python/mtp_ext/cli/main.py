@@ -28,7 +28,7 @@ COMMANDS = {
     "train": Command("train a multi-token prediction model", "mtp_ext.cli.train"),
     "generate": Command("continue a text with a trained model", "mtp_ext.cli.generate"),
     "evaluate": Command("measure a trained model on held-out text", "mtp_ext.cli.evaluate"),
-    "bench": Command("time the fused loss against plain torch", "mtp_ext.cli.bench"),
+    "bench": Command("time the fused loss, or decoding with drafts", "mtp_ext.cli.bench"),
     "plan": Command("plan the memory of a training step", "mtp_ext.cli.plan"),
     "info": Command("show how mtp_ext was built and what this machine offers", "mtp_ext.cli.info"),
 }

@@ -1,9 +1,10 @@
-"""Plots: loss per head and accept length of a run over its tokens; how often each draft was accepted."""
+"""Plots: losses and accept length of a run over its tokens; how often drafts are accepted, and what they cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,22 @@ def plot_acceptance(measured: DecodingMeasurement, path: Path) -> None:
         axes.errorbar(x, [r.value for r in rates], errors, color=colour, marker="o", capsize=3, label=label)
     axes.xaxis.set_major_locator(MultipleLocator(1))
     axes.set_ylim(0.0, 1.0)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_round_cost(shares: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draws what drafts cost into a PNG file.
+
+    Args:
+        shares: By label, the time of a round without drafts over one with 0, 1, ... drafts.
+        path: The file.
+    """
+    figure, axes = _axes("What of the tokens per forward arrives as speed", "speed / tokens per forward", "drafts")
+    for colour, (label, values) in zip(cycle(COLOURS), shares.items(), strict=False):
+        axes.plot(range(len(values)), values, color=colour, marker="o", label=label)
+    axes.xaxis.set_major_locator(MultipleLocator(1))
+    axes.set_ylim(bottom=0.0)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=DPI)
 

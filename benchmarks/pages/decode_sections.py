@@ -53,7 +53,8 @@ def picture(rows: Sequence[Row], target: Path) -> None:
 def cell(row: Row) -> str:
     """Formats relative speed, tokens per forward and its interval."""
     value, low, high = (shown(row["tokens_per_forward"][key], ".2f") for key in ("value", "low", "high"))
-    return f"{shown(row['speed'], '.2f')} / {value} ({low} to {high})"
+    interval = "" if low in ("-", high) else f" ({low} to {high})"
+    return f"{shown(row['speed'], '.2f')} / {value}{interval}"
 
 
 def demo_table(model: str, rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from mtp_ext.cli.draft_colours import COLOURS, Painter, RoundWriter
 from mtp_ext.cli.main import main
-from mtp_ext.generate import DecodingStats, generate
+from mtp_ext.generate import DecodingStats, GenerationOutput, generate
 from mtp_ext.train.checkpoint.saved_model import load_saved_model
 from tests.generate.test_self_speculation import counting
 from tests.train.tiny import run, tiny_config
@@ -163,3 +163,17 @@ def test_the_last_line_has_the_statistics(trained: Path, capsys: pytest.CaptureF
 def test_one_token_has_no_speed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--checkpoint", str(trained), "--prompt", "a", "--max-new-tokens", "1"]) == 0
     assert capsys.readouterr().err == "mtp generate: 1 token\n"
+
+
+def test_the_number_of_drafts_may_be_left_to_the_decoder(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def fake(*arguments: Any, n_draft: Any, **options: Any) -> GenerationOutput:
+        given.append(n_draft)
+        return generate(*arguments, n_draft=1, **options)
+
+    monkeypatch.setattr("mtp_ext.cli.generate.generate", fake)
+    monkeypatch.setattr("mtp_ext.generate.measure.generate", fake)
+    assert main(["generate", "--checkpoint", str(trained), *GREEDY, "--n-draft", "auto"]) == 0
+    assert main(["evaluate", "--checkpoint", str(trained), "--decode.n-draft", "auto", "--decode.prompts", "1"]) == 0
+    assert given and set(given) == {"auto"}

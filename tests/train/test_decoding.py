@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mtp_ext.cli.main import main
 from mtp_ext.generate.measure import measure_decoding
+from mtp_ext.nn.variants import VARIANTS
 from mtp_ext.train.checkpoint.directory import list_checkpoints
 from mtp_ext.train.checkpoint.saved_model import load_saved_model
 from mtp_ext.train.config import BatchConfig, LoggingConfig, ModelConfig, TrainConfig
@@ -112,6 +113,7 @@ def test_the_table_has_every_draft(trained: Path, capsys: pytest.CaptureFixture[
     assert f"{length['value']:.2f} ({length['low']:.2f} to {length['high']:.2f}) of 2" in shown
 
 
+@pytest.mark.slow
 def test_sampling_is_reproducible_by_seed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def sampled(*options: str) -> object:
         common = ("--decode.prompts", "4", "--decode.new-tokens", "80", "--decode.temperature", "1", "--json")
@@ -186,6 +188,7 @@ def test_a_run_ends_with_the_comparison(tmp_path: Path, capsys: pytest.CaptureFi
     assert summary["step"] == 3 and summary["tokens_per_second"] == outcome.ending.tokens_per_second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -226,3 +229,14 @@ def test_the_comparison_stops_in_time(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("mtp_ext.train.decoding.COMPARISON_SECONDS", 0.0)
     plain, drafted = compare_with_drafts(tiny_model(config, dataset), dataset, 24)
     assert len(plain.rows) == len(drafted.rows) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_architecture_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str], variant: str) -> None:
+    model = ModelConfig(variant=variant, n_future=3, d_model=16, n_layers=5, n_attn_heads=2)
+    run(with_sample(tiny_config(tmp_path, max_steps=1, model=model)))
+    compared = json.loads((tmp_path / "run" / "summary.json").read_text())["decoding"]
+    number = json.loads(evaluated(capsys, tmp_path / "run", "--decode.prompts", "3", "--json"))["decoding"]
+    reads_drafts = variant == "sequential_modules"
+    assert len(compared) == (0 if reads_drafts else 2) and number["n_draft"] == (0 if reads_drafts else 2)

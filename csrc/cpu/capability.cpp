@@ -10,7 +10,7 @@ namespace {
 CpuCapability detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  // Must match the `target` pragmas of loss_rows_avx512.cpp and loss_rows_avx2.cpp.
+  // Must match the targets of loss_rows_avx512.cpp, loss_rows_avx2.cpp and few_rows.cpp.
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
     return CpuCapability::kAvx512;

@@ -10,10 +10,11 @@ STABLE_TORCH_LIBRARY(mtp_ext, m) {
       "_loss_rows_(Tensor(a!) logits, Tensor rows, Tensor labels, Tensor?[] tensors, float[] options, "
       "float class_weight_sum, int[] sizes, bool write_gradient, Tensor(b!)[] tables, str stage, "
       "Tensor(c!)[] statistics) -> ()");
-  // CPU only: the loss of all heads in one call.
+  // CPU only: the loss of all heads in one call; F.linear of a few rows.
   m.def(
       "_fused_loss_(Tensor[] hidden, Tensor weight, Tensor?[] tensors, float[] options, int[] sizes, "
       "ScalarType compute_dtype, int flags, Tensor(a!)[] sums) -> (Tensor[] results, int first_invalid)");
+  m.def("_few_rows(Tensor x, Tensor weight) -> Tensor");
   // CUDA only; elsewhere the Python layer uses torch's operators.
   m.def("_column_sum_(Tensor x, Tensor(a!) out, bool accumulate) -> ()");
   m.def("_scale_into_(Tensor x, Tensor scale, Tensor(a!) out) -> ()");

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_ext.ops.common.backend import backend_of, can_read
 from mtp_ext.ops.common.runtime import is_dtensor
+from mtp_ext.ops.few_rows import linear
 
 # Limits of the decoding kernel (csrc/kernels/decode.h); larger calls use a GEMM.
 LARGEST_ROWS = 64
@@ -40,7 +40,7 @@ def top_classes(hidden: Tensor, weight: Tensor, k: int = 1) -> TopClasses:
     _check_count(k, weight)
     if uses_kernel(hidden, weight, k):
         return _by_kernel(hidden, weight, k)
-    scores = F.linear(hidden, weight)
+    scores = linear(hidden, weight)
     return TopClasses(*_largest(scores, k), _widened(scores).logsumexp(-1))
 
 
@@ -52,7 +52,7 @@ def largest_logits(hidden: Tensor, weight: Tensor, k: int = 1, bias: Tensor | No
     _check_count(k, weight)
     if bias is None and uses_kernel(hidden, weight, k):
         return _by_kernel(hidden, weight, k)[:2]
-    return _largest(F.linear(hidden, weight, bias), k)
+    return _largest(linear(hidden, weight, bias), k)
 
 
 def _check_count(k: int, weight: Tensor) -> None:

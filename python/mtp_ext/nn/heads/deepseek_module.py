@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mtp_ext.nn.config import MTPConfig
 from mtp_ext.nn.transformer.attention import AttentionContext
 from mtp_ext.nn.transformer.layers import Block, RMSNorm
+from mtp_ext.nn.transformer.linear import Linear
 
 
 class SequentialModule(nn.Module):
@@ -31,7 +32,7 @@ class SequentialModule(nn.Module):
         self.ahead = k - 1
         self.state_norm = RMSNorm(config.d_model, config.norm_eps)
         self.token_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.joint = nn.Linear(2 * config.d_model, config.d_model, bias=False)
+        self.joint = Linear(2 * config.d_model, config.d_model)
         self.block = Block(config, layer)
 
     def forward(self, x: Tensor, context: AttentionContext, embedding: Tensor) -> Tensor:

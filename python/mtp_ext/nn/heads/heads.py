@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_ext.nn.heads.head import Head
@@ -19,6 +18,7 @@ from mtp_ext.nn.variants import VARIANTS, chains_of, check_variant
 from mtp_ext.ops.common.checks import describe
 from mtp_ext.ops.common.result import MultiTokenLoss
 from mtp_ext.ops.common.runtime import is_dtensor
+from mtp_ext.ops.few_rows import linear
 from mtp_ext.ops.rms_norm import rms_norm_heads
 from mtp_ext.ops.rms_norm import uses_kernel as rms_norm_uses_kernel
 from mtp_ext.ops.top_classes import largest_logits
@@ -126,7 +126,7 @@ class Heads(nn.Module):
         """Returns head ``k``'s logits ``[..., V]`` from its normed output ``[..., D]``."""
         with gathered(self._read_alone()) as sharded:
             weight, bias = self._whole_unembedding()
-            logits = F.linear(normed, weight if weight.dim() == 2 else weight[k - 1], bias)
+            logits = linear(normed, weight if weight.dim() == 2 else weight[k - 1], bias)
         reduce_in_backward(logits, sharded, gather=True)
         return self._capped(logits)
 

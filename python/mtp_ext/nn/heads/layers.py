@@ -6,6 +6,7 @@ from torch import nn
 
 from mtp_ext.nn.config import MTPConfig
 from mtp_ext.nn.transformer.layers import Block
+from mtp_ext.nn.transformer.linear import Linear
 
 
 def transformer_layer(config: MTPConfig, layer: int, k: int) -> nn.Module:
@@ -15,4 +16,4 @@ def transformer_layer(config: MTPConfig, layer: int, k: int) -> nn.Module:
 
 def linear_layer(config: MTPConfig, layer: int, k: int) -> nn.Module:
     """Makes one matrix ``[D, D]``."""
-    return nn.Linear(config.d_model, config.d_model, bias=False)
+    return Linear(config.d_model, config.d_model)

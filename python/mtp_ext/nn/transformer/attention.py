@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mtp_ext.nn.config import MTPConfig
 from mtp_ext.nn.transformer.kv_cache import KVCache
+from mtp_ext.nn.transformer.linear import Linear
 from mtp_ext.nn.transformer.rotary import rotate, rotation
 from mtp_ext.ops.common.backend import can_read
 
@@ -131,8 +132,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_heads, self.kv_heads, self.head_dim = config.n_attn_heads, config.kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.d_model, (self.n_heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+        self.qkv = Linear(config.d_model, (self.n_heads + 2 * self.kv_heads) * self.head_dim)
+        self.out = Linear(self.n_heads * self.head_dim, config.d_model)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Maps ``[B, S, D] -> [B, S, D]``."""

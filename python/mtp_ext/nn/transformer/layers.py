@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mtp_ext.nn.config import MTPConfig
 from mtp_ext.nn.transformer.attention import Attention, AttentionContext
+from mtp_ext.nn.transformer.linear import Linear
 from mtp_ext.ops.rms_norm import rms_norm
 
 
@@ -27,8 +28,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: MTPConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.d_model, 2 * config.ff_dim, bias=False)
-        self.down = nn.Linear(config.ff_dim, config.d_model, bias=False)
+        self.gate_up = Linear(config.d_model, 2 * config.ff_dim)
+        self.down = Linear(config.ff_dim, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[B, S, D] -> [B, S, D]``."""

@@ -37,6 +37,11 @@ def _(hidden: Sequence[Tensor], weight: Tensor, *call_and_needs: Any, out_val: A
     return _flop(LossCall.unpack(PackedCall._make(packed)), weight, 1 + needs.hidden + needs.weight)
 
 
+@register_flop_formula(_ops._few_rows)
+def _(x_shape: torch.Size, weight_shape: torch.Size, out_shape: Any = None, **_: Any) -> int:
+    return 2 * x_shape[0] * weight_shape.numel()
+
+
 @register_flop_formula(_ops._fused_loss_, get_raw=True)
 def _(
     hidden: Sequence[Tensor],

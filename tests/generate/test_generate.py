@@ -11,6 +11,7 @@ from torch import Tensor
 from mtp_ext.generate import DecodingStats, GenerationOutput, generate
 from mtp_ext.generate.sampling import Sampling, draw
 from mtp_ext.nn import KVCache, MTPConfig, MTPModel
+from mtp_ext.nn.cached_forward import CachedForward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,9 +73,9 @@ def test_the_whole_context_can_be_used(model: MTPModel, prompts: list[Tensor]) -
 
 def next_token_logits(model: MTPModel, tokens: torch.Tensor, cache: KVCache, counts: list[int]) -> torch.Tensor:
     """Head 1's logits ``[B, V]`` after the last token of each row; advances the cache by ``counts``."""
-    normed = model.cached_outputs(tokens, cache, (1,))[1]
+    normed = CachedForward(model, tokens, cache, (1,)).outputs((1,), torch.tensor(counts)[:, None] - 1)[1]
     cache.advance(counts)
-    return model.heads.logits(1, normed[torch.arange(len(counts)), torch.tensor(counts) - 1])
+    return model.heads.logits(1, normed[:, 0])
 
 
 def test_reading_in_pieces_equals_reading_at_once(model: MTPModel) -> None:
@@ -230,7 +231,7 @@ def test_no_graph_and_no_change_of_mode(model: MTPModel, prompts: list[Tensor]) 
     ("change", "error", "message"),
     [
         ({"n_draft": 3}, ValueError, r"n_draft must be at most 2 with 3 heads \(heads 2 to n draft\), got 3"),
-        ({"n_draft": "auto"}, TypeError, "n_draft must be an int, got 'auto'"),
+        ({"n_draft": "most"}, ValueError, "n_draft must be a number or 'auto', got 'most'"),
         ({"draft": "beam"}, ValueError, "draft must be one of greedy, sample, got 'beam'"),
         ({"n_draft": -1}, ValueError, "n_draft must not be negative"),
         ({"max_new_tokens": -1}, ValueError, "max_new_tokens must not be negative"),

@@ -81,7 +81,7 @@ def test_continuations_have_the_models_distribution(draft: str, sampling: Sampli
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["replicated", "causal"])
+@pytest.mark.parametrize("variant", ["replicated", "causal", "sequential_modules"])
 @pytest.mark.parametrize("draft", ["greedy", "sample"])
 def test_other_heads_and_a_single_draft(draft: str, variant: str) -> None:
     model = tiny(variant)

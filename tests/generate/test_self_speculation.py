@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_ext.generate import GenerationOutput, generate
 from mtp_ext.nn import ComposedModel, KVCache, MTPConfig, MTPModel
-from mtp_ext.nn.multi_token_model import MultiTokenModel
+from mtp_ext.nn.cached_forward import CachedForward
+from mtp_ext.nn.schedules.head_stack import head_outputs
+from mtp_ext.nn.transformer.attention import taken
 from mtp_ext.nn.transformer.layers import Block
 from mtp_ext.nn.transformer.trunk import Trunk
 
@@ -23,6 +25,7 @@ N_NEW = 20
 LENGTHS = (5, 1, 9, 5)
 SHAPES: dict[str, dict[str, Any]] = {
     **{name: {"variant": name} for name in ("parallel", "linear", "replicated", "causal", "anticausal", "shared")},
+    "sequential_modules": {"variant": "sequential_modules"},
     "shared norm": {"shared_final_norm": True},
     "tied": {"tie_embeddings": True, "embed_init_std": 1.0},
     "tied replicated": {"variant": "replicated", "tie_embeddings": True},
@@ -69,30 +72,47 @@ def as_lists(output: GenerationOutput) -> list[list[int]]:
 class CacheAudit:
     """Before every forward, compares the cache of trunk and heads with one computed from scratch."""
 
-    def __init__(self, model: MultiTokenModel, prompts: list[Tensor]) -> None:
+    def __init__(self, model: MTPModel, prompts: list[Tensor]) -> None:
         self.read = [row.tolist() for row in prompts]
         self.wanted = [len(row) + N_NEW for row in prompts]
-        self.n_compared, self.outputs = 0, model.cached_outputs
+        self.model, self.n_compared, self.context = model, 0, model.cached_context
 
     def on_tokens(self, row: int, tokens: list[int]) -> None:
         self.read[row] += tokens
 
-    def __call__(self, tokens: Tensor, cache: KVCache, active: Collection[int]) -> dict[int, Tensor]:
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Any:
         for row, read in enumerate(self.read):
             if cache.max_length and len(read) < self.wanted[row]:
-                self.compare(row, torch.tensor([read[:-1]]), cache, active)
+                self.compare(row, torch.tensor([read]), cache)
                 self.n_compared += 1
-        return self.outputs(tokens, cache, active)
+        return self.context(tokens, cache)
 
-    def compare(self, row: int, read: Tensor, cache: KVCache, active: Collection[int]) -> None:
-        n = read.shape[1]
-        assert cache.lengths[row] == n, "all tokens but the last have been read"
-        scratch = KVCache(1, n)
-        self.outputs(read, scratch, active)
-        assert scratch._slots.keys() == cache._slots.keys()
-        for layer, expected in scratch._slots.items():
-            for stored, fresh in zip(cache._slots[layer], expected, strict=True):
-                torch.testing.assert_close(stored[row, :n], fresh[0], rtol=1e-10, atol=1e-10, msg=f"layer {layer}")
+    def compare(self, row: int, read: Tensor, cache: KVCache) -> None:
+        """All heads that keep something have read all tokens but the last."""
+        n = read.shape[1] - 1
+        assert cache.lengths[row] == n
+        model, scratch = self.model, self.from_scratch(read)
+        assert cache._slots.keys() <= scratch._slots.keys() and len(cache._slots) > 2
+        for layer, stored in cache._slots.items():
+            # Head k of those that read tokens has read some that were drafts, at its last k - 2 positions.
+            n_drafts = max(0, layer - model.config.n_trunk_layers - 1) if model.heads.reads_tokens else 0
+            for kept, fresh in zip(stored, scratch._slots[layer], strict=True):
+                torch.testing.assert_close(
+                    kept[row, : n - n_drafts],
+                    fresh[0, : n - n_drafts],
+                    rtol=1e-10,
+                    atol=1e-10,
+                    msg=f"layer {layer}",
+                )
+
+    def from_scratch(self, read: Tensor) -> KVCache:
+        """All layers' keys and values of all tokens but the last, by the forward without queries or windows."""
+        scratch, heads = KVCache(1, read.shape[1] - 1), self.model.heads
+        context = self.context(read[:, :-1], scratch)
+        hidden = self.model.run_trunk(read[:, :-1], None, context)
+        head_outputs(heads, hidden, self.model.with_tokens_ahead(context, F.pad(read, (0, heads.n_heads))))
+        scratch._slots[-1] = (hidden[:, :, None], read[:, :-1, None, None])
+        return scratch
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -108,7 +128,7 @@ def test_greedy_tokens_are_those_of_ordinary_decoding(shape: str, prompts: list[
     assert n_accepted > 0, "else nothing was decided by drafts"
 
 
-@pytest.mark.parametrize("shape", ["parallel", "causal", "anticausal"])
+@pytest.mark.parametrize("shape", ["parallel", "causal", "anticausal", "sequential_modules"])
 def test_a_rows_tokens_do_not_depend_on_its_batch(shape: str, prompts: list[Tensor]) -> None:
     model = tiny(**SHAPES[shape])
     for at in range(len(prompts)):
@@ -122,6 +142,7 @@ def test_a_rows_tokens_do_not_depend_on_its_batch(shape: str, prompts: list[Tens
         *((shape, {}) for shape in SHAPES),
         ("parallel", {"temperature": 1.0}),
         ("causal", {"temperature": 1.0, "draft": "sample"}),
+        ("sequential_modules", {"temperature": 1.0, "draft": "sample"}),
     ],
     ids=str,
 )
@@ -130,7 +151,7 @@ def test_caches_equal_those_computed_from_scratch(shape: str, options: dict[str,
     model, prompts = tiny(n_future=3, **SHAPES[shape]), prompts * 2
     for n_draft in (1, 2):
         audit = CacheAudit(model, prompts)
-        with mock.patch.object(model, "cached_outputs", audit):
+        with mock.patch.object(model, "cached_context", audit):
             stats = generate(model, prompts, N_NEW, n_draft=n_draft, on_tokens=audit.on_tokens, **options).stats
         assert audit.n_compared == sum(stats.histogram) and all(stats.histogram[:2])
 
@@ -140,7 +161,7 @@ def test_a_stale_cache_is_found(prompts: list[Tensor]) -> None:
     model = tiny()
     audit = CacheAudit(model, prompts)
     last = model.heads.head(4).get_submodule("block.attention")
-    with mock.patch.object(model, "cached_outputs", audit), pytest.raises(AssertionError, match="layer 5"):
+    with mock.patch.object(model, "cached_context", audit), pytest.raises(AssertionError, match="layer 5"):
         forward = last.forward
 
         def forgets(x: Tensor, context: Any) -> Tensor:
@@ -164,19 +185,70 @@ def test_composed_models_draft(variant: str, prompts: list[Tensor]) -> None:
         assert as_lists(generate(model, prompts, 20, n_draft=n_draft)) == expected
 
 
+class Doubling(Block):
+    """A layer of one's own with a forward of its own, which knows nothing of queries."""
+
+    def forward(self, x: Tensor, context: Any) -> Tensor:
+        y: Tensor = x + self.attention(self.attention_norm(2 * x), context)
+        return y
+
+
+class Wrapped(nn.Module):
+    """A layer of one's own around one of ours, which gives the queries alone."""
+
+    takes_queries = True
+
+    def __init__(self, config: MTPConfig, layer: int) -> None:
+        super().__init__()
+        self.inner = Block(config, layer)
+
+    def forward(self, x: Tensor, context: Any) -> Tensor:
+        y: Tensor = 2 * self.inner(x, context)
+        return y
+
+
+def test_outputs_where_they_are_wanted_are_those_of_all_positions() -> None:
+    """Head 1 is a layer of ours, 2 and 3 of one's own with and without queries, 4 a matrix; after a ragged cache."""
+    model = composed()
+    config = model.trunk.config
+    heads = [Block(config, 2), Wrapped(config, 3), Doubling(config, 4), nn.Linear(16, 16)]
+    model = ComposedModel(model.trunk, heads, nn.Linear(16, VOCAB_SIZE)).double()
+    assert [model.heads.head(k).takes_queries for k in range(1, 5)] == [True, True, False, False]
+    caches, before = [KVCache(2, 9), KVCache(2, 9)], torch.randint(VOCAB_SIZE, (2, 4))
+    new, at = torch.randint(VOCAB_SIZE, (2, 5)), torch.tensor([[0, 3], [2, 4]])
+    with torch.no_grad():
+        for cache in caches:
+            CachedForward(model, before, cache, range(1, 5)).outputs(range(1, 5), torch.arange(4).expand(2, -1))
+            cache.advance([4, 1])
+        everywhere = CachedForward(model, new, caches[0], range(1, 5)).outputs(
+            range(1, 5), torch.arange(5).expand(2, -1)
+        )
+        forward = CachedForward(model, new, caches[1], range(1, 5))
+        wanted = forward.outputs((1,), at) | forward.outputs((2, 3, 4), at)
+    for k in range(1, 5):
+        torch.testing.assert_close(wanted[k], taken(everywhere[k], at), rtol=1e-12, atol=1e-12)
+    for layer, stored in caches[0]._slots.items():
+        for one, other in zip(stored, caches[1]._slots[layer], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_independent_heads_compute_their_layers_once_a_round(prompts: list[Tensor]) -> None:
+    """Their feed-forward networks see one token of a row, and head 1's those that it verifies."""
+    model, seen = tiny(), dict[int, list[int]]()
+    for k in range(1, 5):
+        ff = model.heads.head(k).get_submodule("block.ff")
+        ff.register_forward_pre_hook(lambda _, x, k=k: seen.setdefault(k, []).append(x[0].shape[1]))
+    generate(model, prompts, 10)
+    assert seen[1][1:3] == [4, 4] and seen[1][0] == 1, "the prompt's forward gives one token"
+    assert all({*seen[k]} == {1} for k in (2, 3, 4))
+
+
 def test_models_that_cannot_decode_are_refused(prompts: list[Tensor]) -> None:
     with pytest.raises(ValueError, match=r"layer index of its own .* got 3 twice"):
         generate(composed(first_layer=3), prompts, 3)
     plain = ComposedModel(nn.Embedding(VOCAB_SIZE, 8), [nn.Linear(8, 8)], nn.Linear(8, VOCAB_SIZE))
     with pytest.raises(TypeError, match=r"context\(tokens, document_ids, cache\) .* got Embedding"):
         generate(plain, prompts, 3)
-
-
-def test_heads_that_read_tokens_do_not_draft(prompts: list[Tensor]) -> None:
-    model = tiny(variant="sequential_modules")
-    assert generate(model, prompts, 3).stats.n_drafted == 0
-    with pytest.raises(ValueError, match=r"n_draft must be at most 0 .*read the tokens that they would draft"):
-        generate(model, prompts, 3, n_draft=1)
 
 
 def test_a_model_with_one_head_decodes(prompts: list[Tensor]) -> None:

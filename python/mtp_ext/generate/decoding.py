@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_ext.generate.acceptance import Drafts, Verdict
+from mtp_ext.generate.auto_draft import AutoDraft, seconds_per_round
 from mtp_ext.generate.round import Round
 from mtp_ext.generate.rows import OnTokens, Rows
 from mtp_ext.generate.sampling import Sampling
 from mtp_ext.generate.stats import DecodingStats
+from mtp_ext.generate.stopwatch import Stopwatch
 from mtp_ext.nn.multi_token_model import MultiTokenModel
 from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
@@ -41,7 +43,7 @@ def generate(
     prompt: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     *,
-    n_draft: int | None = None,
+    n_draft: int | str | None = None,
     draft: str = "greedy",
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -62,7 +64,9 @@ def generate(
         prompt: ``[B, P]`` int64 or int32, or ``B`` 1-d tensors of length at least 1.
         max_new_tokens: Maximum number of tokens to add to each row.
         n_draft: Tokens that heads 2 to ``n_draft + 1`` draft in each round, for head 1 to verify in the next; 0 is
-            ordinary decoding. Default: all heads, 0 where heads read the tokens that they would draft.
+            ordinary decoding. Default: all of these heads. "auto": at most so many, and fewer or none where that
+            gives more tokens a second, by the time of a round, which is measured once for a model and batch size, and
+            by what is accepted; which is said by ``stats.n_draft`` and a log record of level INFO.
         draft: How drafts are proposed at a ``temperature`` above 0: "greedy", each head's most likely token, accepted
             with its probability, or "sample", drawn from the head's distribution.
         temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is sampled.
@@ -79,22 +83,26 @@ def generate(
     model.check_decoding()
     prompts = _checked_prompts(model, prompt)
     _check_room(model, prompts, max_new_tokens)
-    n_draft = _checked_n_draft(model, n_draft)
+    most = _checked_n_draft(model, n_draft)
     if draft not in DRAFTS:
         raise ValueError(f"draft must be one of {', '.join(DRAFTS)}, got {draft!r}")
     sampling = Sampling(temperature, top_k, top_p)
-    rows = Rows(len(prompts), n_draft, max_new_tokens, eos_token, on_tokens)
+    rows = Rows(len(prompts), most, max_new_tokens, eos_token, on_tokens)
+    watch, device = Stopwatch(), prompts[0].device
     if max_new_tokens > 0:
         draws_drafts = draft == "sample" and temperature > 0
-        _decode(Round(model, sampling, n_draft, draws_drafts, generator), prompts, rows)
-    device = prompts[0].device
-    return GenerationOutput(
-        [torch.tensor(row.tokens, dtype=torch.int64, device=device) for row in rows.rows], rows.stats
-    )
+        round_ = Round(model, sampling, most, draws_drafts, generator, watch)
+        most = _decode(round_, prompts, rows, chooses=n_draft == "auto")
+    stats = replace(rows.stats, n_draft=most, seconds=watch.seconds if device.type == "cpu" else {})
+    return GenerationOutput([torch.tensor(row.tokens, dtype=torch.int64, device=device) for row in rows.rows], stats)
 
 
-def _decode(round_: Round, prompts: list[Tensor], rows: Rows) -> None:
-    """Fills ``rows``; rows that have ended continue as padding until the last one ends."""
+def _decode(round_: Round, prompts: list[Tensor], rows: Rows, *, chooses: bool) -> int:
+    """Fills ``rows``; rows that have ended continue as padding until the last one ends.
+
+    Returns the drafts per round, which it ``chooses`` or are those of ``round_``.
+    """
+    auto = None
     decided = [len(prompt) for prompt in prompts]  # tokens of each row that a forward reads besides drafts
     cache = KVCache(len(prompts), max(decided) + rows.max_new_tokens - 1)  # the last token is never read
     tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
@@ -102,13 +110,24 @@ def _decode(round_: Round, prompts: list[Tensor], rows: Rows) -> None:
     while True:
         verdict, following = round_.run(tokens, first, drafts, cache)
         new = _emitted(drafts, verdict)
+        if auto is not None:
+            auto.add([len(new[i]) - 1 for i in rows.running], drafts.tokens.shape[1])
         rows.add(new, drafts.tokens.shape[1])
+        if first_forward := cache.max_length == 0:
+            round_.watch.lap_of_all("prompt")
         if not rows.running:
-            return
+            round_.watch.lap("host")
+            return round_.n_draft
         cache.advance([n + len(row) - 1 for n, row in zip(decided, new, strict=True)])
         cache.follow(rows.running)
         drafts = following.first(cache.capacity - cache.max_length - 1)
         tokens = torch.cat([verdict.token[:, None], drafts.tokens], dim=1)
+        if first_forward and chooses and drafts.tokens.shape[1] == round_.n_draft:
+            auto = AutoDraft(seconds_per_round(round_, tokens, drafts, cache))
+            round_.watch.lap("auto")
+        if auto is not None and auto.n_draft < round_.n_draft:
+            round_ = replace(round_, n_draft=auto.n_draft)
+            drafts, tokens = drafts.first(auto.n_draft), tokens[:, : auto.n_draft + 1]
         decided, first = [1] * len(prompts), torch.zeros_like(first)
 
 
@@ -144,16 +163,18 @@ def _check_room(model: MultiTokenModel, prompts: list[Tensor], max_new_tokens: i
         )
 
 
-def _checked_n_draft(model: MultiTokenModel, n_draft: int | None) -> int:
-    """Returns the number of drafts, with the default filled in."""
-    heads = model.heads
-    most = 0 if heads.reads_tokens else heads.n_heads - 1
-    if n_draft is None:
-        return most
+def _checked_n_draft(model: MultiTokenModel, n_draft: int | str | None) -> int:
+    """Returns the number of drafts, the most there can be if it is not given."""
+    n_heads = model.heads.n_heads
+    if n_draft is None or n_draft == "auto":
+        return n_heads - 1
+    if isinstance(n_draft, str):
+        raise ValueError(f"n_draft must be a number or 'auto', got {n_draft!r}")
     _check_count("n_draft", n_draft)
-    if n_draft > most:
-        why = "its heads read the tokens that they would draft" if heads.reads_tokens else "heads 2 to n draft"
-        raise ValueError(f"n_draft must be at most {most} with {heads.n_heads} heads ({why}), got {n_draft}")
+    if n_draft > n_heads - 1:
+        raise ValueError(
+            f"n_draft must be at most {n_heads - 1} with {n_heads} heads (heads 2 to n draft), got {n_draft}"
+        )
     return n_draft
 
 

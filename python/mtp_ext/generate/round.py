@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mtp_ext.generate.acceptance import Drafts, Verdict, accept_equal, accept_likely
 from mtp_ext.generate.sampling import Sampling, draw
+from mtp_ext.generate.stopwatch import Stopwatch
+from mtp_ext.nn.cached_forward import CachedForward
 from mtp_ext.nn.multi_token_model import MultiTokenModel
+from mtp_ext.nn.transformer.attention import taken
 from mtp_ext.nn.transformer.kv_cache import KVCache
 
 
@@ -18,7 +21,7 @@ from mtp_ext.nn.transformer.kv_cache import KVCache
 class Round:
     """Head 1 verifies the drafts; where it stops, heads 2 to ``n_draft + 1`` draft what follows its next token.
 
-    All these heads read every token, so that each one's keys and values are complete whatever is accepted.
+    Each of these heads reads every token, so that its keys and values are complete whatever is accepted.
 
     Args:
         model: The model.
@@ -26,6 +29,7 @@ class Round:
         n_draft: Drafts per row and round; 0 is ordinary decoding.
         draws_drafts: Draw the drafts from the heads' distributions instead of taking their most likely tokens.
         generator: Random generator on the model's device.
+        watch: Measures the parts of the round.
     """
 
     model: MultiTokenModel
@@ -33,6 +37,7 @@ class Round:
     n_draft: int
     draws_drafts: bool
     generator: torch.Generator | None
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def run(self, tokens: Tensor, first: Tensor, drafts: Drafts, cache: KVCache) -> tuple[Verdict, Drafts]:
         """Reads tokens, decides about the drafts at their end and makes the next ones.
@@ -43,12 +48,24 @@ class Round:
             drafts: The drafts, ``m`` a row.
             cache: The tokens before; the caller advances it by ``first + 1 + n_accepted``.
         """
-        outputs = self.model.cached_outputs(tokens, cache, range(1, self.n_draft + 2))
-        rows = torch.arange(len(tokens), device=tokens.device)
+        in_turn = self.model.heads.reads_tokens
+        later = range(2, self.n_draft + 2)
+        self.watch.lap("host")
+        forward = CachedForward(self.model, tokens, cache, (1,) if in_turn else (1, *later))
+        self.watch.lap("trunk")
         verified = first[:, None] + torch.arange(drafts.tokens.shape[1] + 1, device=tokens.device)
-        verdict = self._verify(outputs.pop(1)[rows[:, None], verified], drafts)
-        last = first + verdict.n_accepted
-        return verdict, self._draft(tokens[:, :0], {k: output[rows, last] for k, output in outputs.items()})
+        normed = forward.outputs((1,), verified)[1]
+        self.watch.lap("heads")
+        verdict = self._verify(normed, drafts)
+        self.watch.lap("unembedding")
+        last = (first + verdict.n_accepted)[:, None]
+        if in_turn and self.n_draft:
+            return verdict, self._draft_in_turn(forward, tokens, verdict.token, last)
+        outputs = forward.outputs(later, last) if later else {}
+        self.watch.lap("heads")
+        following = self._draft(tokens[:, :0], outputs)
+        self.watch.lap("unembedding")
+        return verdict, following
 
     def _verify(self, normed: Tensor, drafts: Drafts) -> Verdict:
         """Decides about ``m`` drafts from head 1's normed output ``[B, m + 1, D]``."""
@@ -57,7 +74,7 @@ class Round:
         return accept_likely(self._probabilities(1, normed), drafts, self.generator)
 
     def _draft(self, none: Tensor, normed: Mapping[int, Tensor]) -> Drafts:
-        """Makes drafts from the other heads' normed outputs ``[B, D]``; ``none [B, 0]`` without such heads."""
+        """Makes drafts from other heads' normed outputs ``[B, 1, D]``; ``none [B, 0]`` without such heads."""
         if not normed:
             return Drafts(none)
         if not self.draws_drafts:
@@ -65,11 +82,37 @@ class Round:
         q = self._each(self._probabilities, normed)
         return Drafts(draw(q, self.generator), q)
 
+    def _draft_in_turn(self, forward: CachedForward, tokens: Tensor, token: Tensor, last: Tensor) -> Drafts:
+        """Makes drafts with heads that read tokens: each reads the draft of the one before it.
+
+        Head ``k`` reads up to ``k - 2`` drafts, at the last ``k - 2`` tokens of a round. It reads these tokens again
+        in the next one, with what was decided in the place of the drafts.
+
+        Args:
+            forward: The forward of ``tokens``.
+            tokens: ``[B, S]``, the new tokens.
+            token: ``[B]``, the token decided after them.
+            last: ``[B, 1]``, the index among them of the last one that was decided or accepted.
+        """
+        heads = self.model.heads
+        window = forward.window(tokens, self.n_draft - 1, self.n_draft + 1)
+        last = last + window.n_again
+        ahead = window.tokens.scatter(1, last + 1, token[:, None])
+        x, made = window.hidden, list[Drafts]()
+        for k in range(2, self.n_draft + 2):
+            x, normed = heads.run(k, x, replace(window.context, tokens=ahead))
+            self.watch.lap("heads")
+            made.append(self._draft(tokens[:, :0], {k: taken(normed, last)}))
+            self.watch.lap("unembedding")
+            ahead = ahead.scatter(1, last + k, made[-1].tokens)
+        q = [drafts.probabilities for drafts in made if drafts.probabilities is not None]
+        return Drafts(torch.cat([drafts.tokens for drafts in made], dim=1), torch.cat(q, dim=1) if q else None)
+
     def _each(self, of: Callable[[int, Tensor], Tensor], normed: Mapping[int, Tensor]) -> Tensor:
-        """Stacks the result of each head along dimension 1; a shared unembedding is read once."""
+        """Joins the results of the heads along dimension 1; a shared unembedding is read once."""
         if self.model.heads.shares_unembedding:
-            return of(min(normed), torch.stack([*normed.values()], dim=1))
-        return torch.stack([of(k, output) for k, output in normed.items()], dim=1)
+            return of(min(normed), torch.cat([*normed.values()], dim=1))
+        return torch.cat([of(k, output) for k, output in normed.items()], dim=1)
 
     def _best(self, k: int, normed: Tensor) -> Tensor:
         """Head ``k``'s most likely tokens, ``[..., D] -> [...]``."""

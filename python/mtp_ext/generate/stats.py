@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,11 @@ class DecodingStats:
             Drafts beyond a row's end count, if they would have been accepted.
         n_first: Tokens that the prompt's forward gave: one for each row.
         rows: The same for each row alone.
+        n_draft: The drafts per round that ``n_draft="auto"`` chose in the end, over all rows; else those that were
+            asked for. None for a row.
+        seconds: Where the time went, by part: "prompt", its forward; "auto", rounds that were only measured; and of the
+            rounds "trunk", "heads", "unembedding" with the choice of tokens, and "host", the rest. Empty for a row,
+            and on a GPU, which would have to be waited for.
     """
 
     n_forward: int
@@ -27,6 +32,8 @@ class DecodingStats:
     histogram: tuple[int, ...]
     n_first: int = 0
     rows: tuple[DecodingStats, ...] = ()
+    n_draft: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def of_rows(rows: Sequence[DecodingStats]) -> DecodingStats:

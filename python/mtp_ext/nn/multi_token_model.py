@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,21 +139,6 @@ class MultiTokenModel(nn.Module):
     def cached_context(self, tokens: Tensor, cache: KVCache) -> Any:
         """Checks tokens ``[B, S]`` that follow those in ``cache`` and returns the context shared by trunk and heads."""
         raise NotImplementedError
-
-    def cached_outputs(self, tokens: Tensor, cache: KVCache, active: Collection[int]) -> dict[int, Tensor]:
-        """Reads tokens that follow those in ``cache``, which the caller advances.
-
-        Args:
-            tokens: ``[B, S]``, the next tokens of each row, padded on the right.
-            cache: Keys and values of the previous tokens. Those of ``tokens`` are added, for the trunk and for the
-                heads that run.
-            active: Heads that are wanted, ``1..n``.
-        Returns:
-            Their normed outputs ``[B, S, D]`` by head, the input of :meth:`Heads.logits` and
-            :meth:`Heads.best_classes`.
-        """
-        context = self.cached_context(tokens, cache)
-        return head_outputs(self.heads, self.run_trunk(tokens, None, context), context, active)
 
 
 def _copy_shared(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -20,6 +20,8 @@ class Head(nn.Module):
     Args:
         block: ``[B, S, D] -> [B, S, D]``. Its forward takes the hidden states and, if it has a second positional
             parameter, the context of the trunk's forward; with ``reads_embedding = True``, also the embedding's weight.
+            With ``takes_queries = True`` in the class of its forward, that gives ``[B, Q, D]``, at the tokens
+            ``context.queries [B, Q]``, where these are not None.
             None is the identity.
         norm: The final norm; None if the heads share one.
         norm_eps: Epsilon of the shared norm.
@@ -30,7 +32,8 @@ class Head(nn.Module):
         self.norm_eps = norm_eps
         self.block, self.norm = block, norm
         self.reads_embedding: bool = getattr(block, "reads_embedding", False)
-        self._reads_context = block is not None and _takes_two(block)
+        self.reads_context = block is not None and _takes_two(block)
+        self.takes_queries = block is not None and _takes_queries(block)
 
     def forward(
         self, x: Tensor, context: Any, shared_norm: Tensor | None = None, embedding: Tensor | None = None
@@ -47,7 +50,7 @@ class Head(nn.Module):
         """
         state = x
         if self.block is not None:
-            arguments = [context] if self._reads_context else []
+            arguments = [context] if self.reads_context else []
             state = self.block(x, *arguments, *([embedding] if self.reads_embedding else []))
         if self.norm is not None:
             return state, self.norm(state)
@@ -94,6 +97,12 @@ def make_heads(modules: HeadModules, n_future: int | None, width: int, norm_eps:
     if len({id(module) for module in made}) < len(made):
         raise ValueError("heads must be n different modules, got one object twice: those heads would share all weights")
     return [m if isinstance(m, Head) else Head(m, RMSNorm(width, norm_eps)) for m in made]
+
+
+def _takes_queries(module: nn.Module) -> bool:
+    """Returns True if the class that a module's forward comes from says that it takes ``context.queries``."""
+    owner = next(c for c in type(module).__mro__ if "forward" in vars(c))
+    return vars(owner).get("takes_queries", False) and "forward" not in vars(module)
 
 
 def _takes_two(module: nn.Module) -> bool:

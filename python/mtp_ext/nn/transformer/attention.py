@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_ext.nn.config import MTPConfig
-from mtp_ext.nn.transformer.kv_cache import KVCache
+from mtp_ext.nn.transformer.kv_cache import KVCache, Slots
 from mtp_ext.nn.transformer.linear import Linear
 from mtp_ext.nn.transformer.rotary import rotate, rotation
 from mtp_ext.ops.common.backend import can_read
@@ -36,7 +36,8 @@ class AttentionContext:
     mask: Tensor | None = None  # [B or 1, 1, S, L] bool, True where the query sees the key; None: causal
     segments: list[int] | None = None  # lengths of the documents, over the B * S tokens in order
     cache: KVCache | None = None
-    positions: Tensor | None = None  # positions of the new tokens in the cache
+    slots: Slots | None = None  # of the new tokens in the cache
+    queries: Tensor | None = None  # [B, Q] indices of the tokens whose output is wanted; None: all
     tokens: Tensor | None = None  # [B, S''] the row's tokens and those after it, for heads that read them
 
     @staticmethod
@@ -66,17 +67,27 @@ class AttentionContext:
 
     @staticmethod
     def of_cached(
-        config: MTPConfig, n_new: int, cache: KVCache, device: torch.device, dtype: torch.dtype
+        config: MTPConfig, n_new: int, cache: KVCache, device: torch.device, dtype: torch.dtype, n_again: int = 0
     ) -> AttentionContext:
-        """Builds the context of ``n_new`` tokens per row that follow those in ``cache`` (generation)."""
-        positions = cache.positions(n_new, device)
-        turns = rotation(positions, config.head_dim, config.rope_theta, dtype)
-        mask = None
+        """Builds the context of each row's last ``n_again`` tokens in ``cache`` and the ``n_new`` after them."""
+        slots = cache.slots(n_new, device, n_again)
+        turns = rotation(slots.positions, config.head_dim, config.rope_theta, dtype)
         # No mask is needed for the first tokens (no query sees the right padding) or for a single one (it sees all).
-        if cache.max_length > 0 and not (n_new == 1 and cache.is_uniform):
-            keys = torch.arange(cache.max_length + n_new, device=device)
-            mask = (keys <= positions[..., None]).view(-1, 1, n_new, len(keys))
-        return AttentionContext(turns, mask=mask, cache=cache, positions=positions)
+        uniform, length = slots.positions.dim() == 1, slots.positions.shape[-1]
+        plain = uniform and (length == slots.end or length == 1)
+        return AttentionContext(
+            turns, mask=None if plain else _visible(slots.positions, slots), cache=cache, slots=slots
+        )
+
+    def at(self, queries: Tensor) -> AttentionContext:
+        """Returns the context of a layer that gives the outputs of the new tokens ``queries [B, Q]`` alone."""
+        assert self.slots is not None, "the context of a cache"
+        positions = self.slots.positions.expand(len(queries), -1).gather(1, queries)
+        return replace(self, queries=queries, mask=_visible(positions, self.slots))
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """Returns what belongs to the tokens whose output is wanted: ``[B, S, ...] -> [B, Q, ...]``."""
+        return x if self.queries is None else taken(x, self.queries)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Computes the attention of ``q [B, S, H, d]`` to ``k, v [B, L, H_kv, d]``: ``[B, S, H, d]``."""
@@ -92,6 +103,17 @@ class AttentionContext:
                 document = tuple(F.pad(x, (0, 0, 0, 0, 0, missing)) for x in document)
             parts.append(_attend(*document, mask=None, is_causal=True)[:, :length])
         return torch.cat(parts, dim=1).view(q.shape)
+
+
+def taken(x: Tensor, at: Tensor) -> Tensor:
+    """Returns ``x [B, S, ...]`` at the indices ``at [B, Q]``: ``[B, Q, ...]``."""
+    return x[torch.arange(len(at), device=at.device)[:, None], at]
+
+
+def _visible(positions: Tensor, slots: Slots) -> Tensor:
+    """Mask of queries at ``positions [B, Q]`` or ``[Q]``: ``[B or 1, 1, Q, L]``, True for the keys not after them."""
+    keys = torch.arange(slots.end, device=positions.device)
+    return (keys <= positions[..., None]).view(-1, 1, positions.shape[-1], slots.end)
 
 
 def document_lengths(document_ids: Tensor) -> list[int] | None:
@@ -136,12 +158,12 @@ class Attention(nn.Module):
         self.out = Linear(self.n_heads * self.head_dim, config.d_model)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """Maps ``[B, S, D] -> [B, S, D]``."""
+        """Maps ``[B, S, D] -> [B, S, D]``, or to ``[B, Q, D]`` where the context wants ``Q`` queries."""
         n_heads, kv_heads = self.n_heads, self.kv_heads
         qkv = torch.unflatten(self.qkv(x), -1, (n_heads + 2 * kv_heads, self.head_dim))
         qk, v = torch.split(qkv, [n_heads + kv_heads, kv_heads], dim=2)
         q, k = torch.split(rotate(qk, context.turns), [n_heads, kv_heads], dim=2)
-        if context.cache is not None and context.positions is not None:
-            k, v = context.cache.write(self.layer, k, v, context.positions)
-        y: Tensor = self.out(context.attend(q, k, v).flatten(2))
+        if context.cache is not None and context.slots is not None:
+            k, v = context.cache.write(self.layer, k, v, context.slots)
+        y: Tensor = self.out(context.attend(context.of_queries(q), k, v).flatten(2))
         return y

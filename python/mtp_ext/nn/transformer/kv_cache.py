@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Slots(NamedTuple):
+    """Where a forward writes in a cache.
+
+    Attributes:
+        positions: Positions of the tokens: ``[S]`` if those of all rows are the same, else ``[B, S]``.
+        end: The last position of any row, plus 1.
+    """
+
+    positions: Tensor
+    end: int
 
 
 class KVCache:
@@ -37,33 +50,38 @@ class KVCache:
         """The length of the longest row."""
         return max(self.lengths, default=0)
 
-    def positions(self, n_new: int, device: torch.device) -> Tensor:
-        """Positions of the next ``n_new`` tokens: ``[n_new]`` if all rows have the same length, else ``[B, n_new]``."""
+    def slots(self, n_new: int, device: torch.device, n_again: int = 0) -> Slots:
+        """Returns the slots of each row's next ``n_new`` tokens and, before them, of its last ``n_again``.
+
+        A row with fewer tokens starts at its first; its slots then end later.
+        """
         if self.max_length + n_new > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens a row, got {self.max_length} + {n_new}")
-        new = torch.arange(n_new, device=device)
-        if self.is_uniform:
-            return new + self.max_length
-        return torch.tensor(self.lengths, device=device)[:, None] + new
+        first = [max(0, length - n_again) for length in self.lengths]
+        offsets = torch.arange(min(n_again, self.max_length) + n_new, device=device)
+        end = max(first, default=0) + len(offsets)
+        if len(set(first)) <= 1:
+            return Slots(offsets + (end - len(offsets)), end)
+        return Slots(torch.tensor(first, device=device)[:, None] + offsets, end)
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, keys: Tensor, values: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Stores new keys and values and returns those of all positions so far.
 
         Args:
             layer: Index of the attention layer.
             keys, values: ``[B, S, H_kv, head_dim]``.
-            positions: From :meth:`positions`.
+            slots: From :meth:`slots`.
         Returns:
-            Two views ``[B, L, H_kv, head_dim]``, ``L = max_length + S``.
+            Two views ``[B, L, H_kv, head_dim]``, ``L = slots.end``.
         """
         if layer not in self._slots:
-            shape = (keys.shape[0], self.capacity, *keys.shape[2:])
-            self._slots[layer] = (keys.new_zeros(shape), values.new_zeros(shape))
-        end = self.max_length + keys.shape[1]
+            empty = [x.new_zeros(x.shape[0], self.capacity, *x.shape[2:]) for x in (keys, values)]
+            self._slots[layer] = (empty[0], empty[1])
+        positions, end = slots
         rows = torch.arange(self.batch_size, device=keys.device)[:, None]
         for stored, new in zip(self._slots[layer], (keys, values), strict=True):
             if positions.dim() == 1:
-                stored[:, self.max_length : end] = new
+                stored[:, end - keys.shape[1] : end] = new
             else:
                 stored[rows, positions] = new
         stored_keys, stored_values = self._slots[layer]

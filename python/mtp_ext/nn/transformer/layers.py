@@ -46,6 +46,8 @@ class Block(nn.Module):
         layer: The layer's index in the key-value cache.
     """
 
+    takes_queries = True
+
     def __init__(self, config: MTPConfig, layer: int) -> None:
         super().__init__()
         self.dropout = config.dropout
@@ -55,8 +57,8 @@ class Block(nn.Module):
         self.ff = SwiGLU(config)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """Maps ``[B, S, D] -> [B, S, D]``."""
-        x = x + self._drop(self.attention(self.attention_norm(x), context))
+        """Maps ``[B, S, D] -> [B, S, D]``, or to ``[B, Q, D]`` where the context wants ``Q`` queries."""
+        x = context.of_queries(x) + self._drop(self.attention(self.attention_norm(x), context))
         y: Tensor = x + self._drop(self.ff(self.ff_norm(x)))
         return y
 

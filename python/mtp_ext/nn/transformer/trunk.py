@@ -59,9 +59,12 @@ class Trunk(nn.Module):
         return x
 
     def context(
-        self, tokens: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None
+        self, tokens: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None, n_again: int = 0
     ) -> AttentionContext:
-        """Checks the inputs of a forward and builds the context of its attention layers."""
+        """Checks the inputs of a forward and builds the context of its attention layers.
+
+        With a cache, these may read its last ``n_again`` tokens again, before the new ones.
+        """
         weight = self._borrowed[0].weight
         check_tokens(tokens, self.config, past=0 if cache is None else cache.max_length)
         seq_len = tokens.shape[1]
@@ -70,7 +73,7 @@ class Trunk(nn.Module):
                 raise ValueError("document_ids must be None if a cache is given: a cache holds one document per row")
             if tokens.shape[0] != cache.batch_size:
                 raise ValueError(f"tokens must have the cache's {cache.batch_size} rows, got {list(tokens.shape)}")
-            return AttentionContext.of_cached(self.config, seq_len, cache, tokens.device, weight.dtype)
+            return AttentionContext.of_cached(self.config, seq_len, cache, tokens.device, weight.dtype, n_again)
         if document_ids is not None:
             check_document_ids(document_ids, tokens)
             document_ids = document_ids[:, :seq_len]

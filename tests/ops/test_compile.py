@@ -17,6 +17,7 @@ from mtp_ext import linear_cross_entropy, multi_token_cross_entropy
 from mtp_ext.ops.common.result import RowTables
 from mtp_ext.ops.loss import native_cpu, operators
 from mtp_ext.ops.loss.arguments import LossCall, Needs
+from mtp_ext.ops.loss.operators import arguments
 from mtp_ext.ops.loss.options import RowOptions
 from mtp_ext.ops.loss.row_kernels import RowScales, loss_rows_, select_rows
 
@@ -139,9 +140,9 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     native = call.pack()
     flags = native_cpu.FLAG_MEASURES + native_cpu.FLAG_HIDDEN + native_cpu.FLAG_WEIGHT + native_cpu.FLAG_BIAS
     return {
-        "_multi_token_loss": (ops._multi_token_loss, ([hidden], weight, *call.pack(), every), {}),
-        "_row_losses": (ops._row_losses, ([hidden], weight, *call.pack(), none), {}),
-        "_row_losses_backward": (ops._row_losses_backward, ([hidden], weight, *backward.pack(), every), {}),
+        "_multi_token_loss": (ops._multi_token_loss, arguments(call, weight, [hidden], every), {}),
+        "_row_losses": (ops._row_losses, arguments(call, weight, [hidden], none), {}),
+        "_row_losses_backward": (ops._row_losses_backward, arguments(backward, weight, [hidden], every), {}),
         "_add_scaled_": (ops._add_scaled_, (torch.ones(V, 8), weight, torch.tensor(2.0)), {}),
         "_fused_loss_": (
             ops._fused_loss_,
@@ -184,13 +185,31 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(operator.default, args, kwargs, test_utils=utilities)
 
 
-def test_a_raw_operator_is_not_silently_differentiable() -> None:
-    operator, args, kwargs = operator_calls()["_multi_token_loss"]
-    hidden = args[0][0].requires_grad_()
-    loss = operator(*args, **kwargs)[0][0]
-    with pytest.raises(RuntimeError, match=r"autograd|backward"):
-        loss.backward()
-    assert hidden.grad is None
+@pytest.mark.parametrize("name", ["_multi_token_loss", "_row_losses"])
+def test_opcheck_of_operators_with_an_autograd_formula(name: str) -> None:
+    operator, (hidden, weight, bias, *rest), _ = operator_calls()[name]
+    leaves = [x.requires_grad_() for x in (*hidden, weight, bias)]
+    rest[-1] = Needs(True, True, True)
+    utilities = ("test_schema", "test_faketensor", "test_autograd_registration")  # "aot_dispatch" would differentiate
+    torch.library.opcheck(operator.default, ([leaves[0]], *leaves[1:], *rest), test_utils=utilities)  # the gradients
+
+
+def test_a_raw_operator_is_differentiable() -> None:
+    operator, (hidden, weight, bias, *rest), _ = operator_calls()["_multi_token_loss"]
+    leaves = [x.requires_grad_() for x in (*hidden, weight, bias)]
+    result, saved = operator([leaves[0]], *leaves[1:], *rest)
+    found = torch.autograd.grad(3 * result[0], leaves)
+    for grad, one in zip(found, (saved[2], *saved[:2]), strict=True):
+        torch.testing.assert_close(grad, 3 * one.detach())
+
+
+@pytest.mark.parametrize("name", ["_multi_token_loss", "_row_losses"])
+def test_a_gradient_that_was_not_asked_for_is_an_error(name: str) -> None:
+    operator, (hidden, weight, *rest), _ = operator_calls()[name]
+    out = operator(hidden, weight.requires_grad_(), *rest[:-1], Needs(hidden=True, weight=False, bias=False))
+    loss = out[0][0] if name == "_multi_token_loss" else out[0]
+    with pytest.raises(RuntimeError, match="no gradient for an argument that requires one"):
+        loss.sum().backward()
 
 
 def fake(x: Any) -> Any:

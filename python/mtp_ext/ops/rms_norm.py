@@ -1,7 +1,8 @@
 """RMSNorm for one head, or for several that read the same hidden states (Zhang & Sennrich 2019, arXiv 1910.07467).
 
 ``y[k] = x / sqrt(mean(x ** 2) + eps) * weights[k]`` over the last dimension. On a GPU one kernel reads ``x`` once for
-all heads (csrc/kernels/rms_norm.h); other devices, and inputs that the kernel does not support, use torch operations.
+all heads (csrc/kernels/rms_norm.h); other devices, inputs that the kernel does not support, and calls
+that torch.func transforms or torch.export writes down use torch operations.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from mtp_ext.ops.common.backend import KERNEL_DTYPES, backend_of
 from mtp_ext.ops.common.checks import describe
 from mtp_ext.ops.common.runtime import is_dtensor
+from mtp_ext.ops.common.transforms import is_transformed, is_written_down
 
 # A float32 row must fit in a block's shared memory: 99 KiB on the smallest device that the kernels are built for.
 LARGEST_WIDTH = 16384
@@ -93,9 +95,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if uses_kernel(x, weight):
         return _by_kernel(x, weight.unsqueeze(0), eps).squeeze(0)
-    if x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
-        ours: Tensor = RMSNormFunction.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-        return ours
+    ours = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    if ours and not is_transformed() and not is_written_down():
+        y: Tensor = RMSNormFunction.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return y
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -127,6 +130,8 @@ def uses_kernel(x: Tensor, weight: Tensor) -> bool:
         and weight.device == x.device
         and not is_dtensor(x)
         and not is_dtensor(weight)
+        and not is_transformed()
+        and not is_written_down()
         and 0 < x.shape[-1] <= LARGEST_WIDTH
         and x.shape[-1] * x.element_size() % _VECTOR_BYTES == 0
     )

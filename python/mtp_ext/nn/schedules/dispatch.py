@@ -5,6 +5,9 @@
 - ``joint``: all heads forward under autograd, then one fused loss over ``n * B * S`` rows.
 - ``autograd``: all heads forward, full logits, plain torch. The reference.
 
+In ``torch.export``, ``make_fx`` and the transforms of ``torch.func``, which need the step as one differentiable graph,
+the first two are one loss over all rows as well (:func:`mtp_ext.nn.schedules.joint.recorded_loss`).
+
 Heads run in the same order in all three, so that dropout draws the same numbers. A head of weight 0 does not run unless
 a later head of its chain reads it.
 """
@@ -18,10 +21,11 @@ from torch import Tensor
 from mtp_ext.nn.schedules.autograd import autograd_loss
 from mtp_ext.nn.schedules.ddp import reach_all
 from mtp_ext.nn.schedules.head_stack import HeadStack
-from mtp_ext.nn.schedules.joint import joint_loss
+from mtp_ext.nn.schedules.joint import joint_loss, recorded_loss
 from mtp_ext.nn.schedules.sequential import sequential_loss
 from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.common.transforms import is_transformed, is_written_down
 
 SCHEDULES = {"sequential": sequential_loss, "joint": joint_loss, "autograd": autograd_loss}
 
@@ -40,7 +44,9 @@ def multi_token_loss(
         schedule: ``"sequential"``, ``"joint"`` or ``"autograd"``.
     """
     check_schedule(schedule)
-    result = SCHEDULES[schedule](heads, hidden, weight, context, targets)
+    one_graph = schedule != "autograd" and (is_transformed() or is_written_down())
+    loss_of = recorded_loss if one_graph else SCHEDULES[schedule]
+    result = loss_of(heads, hidden, weight, context, targets)
     return reach_all(result, heads, hidden, weight, targets)
 
 

@@ -13,7 +13,7 @@ from mtp_ext.nn.schedules.targets import Targets
 from mtp_ext.ops.common.result import MultiTokenLoss
 from mtp_ext.ops.common.runtime import outside_graphs
 from mtp_ext.ops.loss.arguments import Gradients
-from mtp_ext.ops.loss.autograd import with_gradients
+from mtp_ext.ops.loss.autograd import reduced_loss, with_gradients
 
 
 def joint_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:
@@ -22,6 +22,12 @@ def joint_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, t
     loss = step_loss(heads, hidden, weight, targets, with_grad=with_grad, need_grad_hidden=with_grad)
     outputs = head_outputs(heads, hidden, context, loss.heads, targets.detach_heads)
     return _loss_of(loss, outputs, weight, targets)
+
+
+def recorded_loss(heads: HeadStack, hidden: Tensor, weight: Tensor, context: Any, targets: Targets) -> MultiTokenLoss:
+    """:func:`joint_loss` by the registered operator, for steps that torch writes down or transforms. All heads run."""
+    outputs = head_outputs(heads, hidden, context, detach_heads=targets.detach_heads)
+    return reduced_loss(targets.of_hidden(hidden), weight, list(outputs.values()))
 
 
 @outside_graphs

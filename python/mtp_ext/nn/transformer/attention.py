@@ -137,7 +137,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, is_causal: 
         v.transpose(1, 2),
         attn_mask=mask,
         is_causal=is_causal,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=bool(q.shape[2] != k.shape[2]),  # torch.jit.trace compares sizes as tensors
     )
     return y.transpose(1, 2)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext import _C
+from mtp_ext.ops.common.transforms import is_written_down
 
 # The dtypes of the CUDA kernels.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -217,6 +218,8 @@ class CudaBackend(Backend):
 def can_read(x: Tensor) -> bool:
     """Returns True if the host can read ``x`` without a sync: on the CPU, and neither traced, nor fake, nor batched."""
     if not backend_of(x.device).sees_values or torch.compiler.is_compiling() or type(x) not in _PLAIN_TYPES:
+        return False
+    if is_written_down():
         return False
     functorch = torch._C._functorch
     return not functorch.is_functorch_wrapped_tensor(x) and not functorch.is_legacy_batchedtensor(x)

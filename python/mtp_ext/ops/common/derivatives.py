@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MESSAGE = (
-    b"the losses of mtp_ext have no second derivative: kernels compute their gradients. Differentiate twice through "
-    b"mtp_ext.ops.reference, or through a model with schedule='autograd'"
+NO_SECOND_DERIVATIVE = (
+    "the losses of mtp_ext have no second derivative: kernels compute their gradients. Differentiate twice through "
+    "mtp_ext.ops.reference, or through a model with schedule='autograd'"
 )
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -38,7 +38,7 @@ def remember_inputs(ctx: Any, inputs: Sequence[Tensor | None]) -> None:
 
 @functools.cache
 def _error(n_inputs: int) -> Any:
-    return torch._C._functions.DelayedError(_MESSAGE, n_inputs)
+    return torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), n_inputs)
 
 
 @functools.cache

@@ -158,6 +158,12 @@ class LossCall:
         options = replace(self.options, class_weights=class_weights)
         return replace(self, labels=labels, document_ids=document_ids, token_weights=token_weights, options=options)
 
+    def for_backward(self, of_losses: Tensor, of_lse: Tensor) -> LossCall:
+        """Returns the call that computes gradients from the incoming ones of the rows' losses and log-sum-exps."""
+        return replace(
+            self, head_weights=None, normalizer=1.0, row_scale=of_losses.reshape(-1), lse_grad=of_lse.reshape(-1)
+        )
+
     def of_heads(self, heads: range) -> LossCall:
         """Returns the call for ``heads``, 0-based and consecutive, without ``max_valid``."""
         if len(heads) == self.n_heads:

@@ -12,19 +12,18 @@ from torch import Tensor
 from mtp_ext.ops.common.backend import backend_of
 from mtp_ext.ops.common.derivatives import differentiable_once, is_last_backward, remember_inputs
 from mtp_ext.ops.common.result import MultiTokenLoss
-from mtp_ext.ops.loss import operators
+from mtp_ext.ops.common.transforms import is_recorded
+from mtp_ext.ops.loss import operators, recorded
 from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs
 
 
 def reduced_loss(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> MultiTokenLoss:
     """Computes the summed or averaged loss and its gradients in one pass."""
+    if is_recorded(weight, *hidden):
+        return recorded.reduced_loss(call, weight, hidden)
     needs = Needs.of(call, weight, hidden)
     with torch.no_grad():
-        if _is_traced(weight, *hidden):
-            outputs, grads = torch.ops.mtp_ext._multi_token_loss(list(hidden), weight, *call.pack(), needs)
-            result, gradients = MultiTokenLoss._make(outputs), operators.unpacked_gradients(grads, needs)
-        else:
-            result, gradients = operators.multi_token_loss(call, weight, hidden, needs)
+        result, gradients = operators.multi_token_loss(call, weight, hidden, needs)
     return with_gradients(result, gradients, call, weight, hidden)
 
 
@@ -98,9 +97,11 @@ def row_losses(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> tupl
     Returns:
         The result, with ``loss`` reduced as in ``call`` (``[n, B, S]`` for "none"), and lse ``[n, B, S]``.
     """
-    needs = Needs.of(call, weight, hidden)
-    losses, lse, divisors, *values = RowLosses.apply(call, needs, weight, call.bias, *hidden)  # type: ignore[no-untyped-call]
-    result = MultiTokenLoss._make(values)
+    if is_recorded(weight, *hidden):
+        losses, lse, divisors, result = recorded.row_losses(call, weight, hidden)
+    else:
+        losses, lse, divisors, *values = RowLosses.apply(call, weight, call.bias, *hidden)  # type: ignore[no-untyped-call]
+        result = MultiTokenLoss._make(values)
     scale = losses.new_ones(call.n_heads) if call.head_weights is None else call.head_weights.to(losses.dtype)
     if call.reduction == "none":
         return result._replace(loss=losses * scale.view(-1, 1, 1)), lse
@@ -112,14 +113,8 @@ class RowLosses(torch.autograd.Function):
     """Loss and log-sum-exp of every row; backward recomputes the logits for any incoming gradients (8 N D V FLOP)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, call: LossCall, needs: Needs, weight: Tensor, bias: Tensor | None, *hidden: Tensor
-    ) -> tuple[Tensor, ...]:
-        if _is_traced(weight, *hidden):
-            *tables, result = torch.ops.mtp_ext._row_losses(list(hidden), weight, *call.pack(), needs)
-        else:
-            *tables, result = operators.row_losses(call, weight, hidden)
-        ctx.needs = needs
+    def forward(ctx: Any, call: LossCall, weight: Tensor, bias: Tensor | None, *hidden: Tensor) -> tuple[Tensor, ...]:
+        *tables, result = operators.row_losses(call, weight, hidden)
         remember_inputs(ctx, (weight, bias, *hidden))
         ctx.call, tensors = call.without_tensors()
         ctx.save_for_backward(weight, bias, *tensors, *hidden)
@@ -130,32 +125,17 @@ class RowLosses(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad_losses: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, *tensors = ctx.saved_tensors
-        hidden, needs = tensors[LossCall.N_TENSORS :], ctx.needs
-        call = replace(
-            ctx.call.with_tensors(tensors[: LossCall.N_TENSORS]),
-            bias=bias,
-            head_weights=None,
-            normalizer=1.0,
-            row_scale=grad_losses.reshape(-1),
-            lse_grad=grad_lse.reshape(-1),
-        )
-        if _is_traced(weight, *hidden):
-            outputs = torch.ops.mtp_ext._row_losses_backward(hidden, weight, *call.pack(), needs)
-            grads = operators.unpacked_gradients(outputs, needs)
-        else:
-            grads = operators.row_losses_backward(call, weight, hidden, needs)
+        hidden = tensors[LossCall.N_TENSORS :]
+        call = replace(ctx.call.with_tensors(tensors[: LossCall.N_TENSORS]), bias=bias)
+        _, of_weight, of_bias, *of_hidden = ctx.needs_input_grad
+        needs = Needs(any(of_hidden), of_weight or call.grad_weight_out is not None, of_bias)
+        grads = operators.row_losses_backward(call.for_backward(grad_losses, grad_lse), weight, hidden, needs)
         if call.grad_weight_out is not None and grads.weight is not None:
             torch.ops.mtp_ext._add_scaled_(call.grad_weight_out, grads.weight, grad_losses.new_ones(()))
             grads = grads._replace(weight=None)
         return (
             None,
-            None,
             None if grads.weight is None else grads.weight.to(weight.dtype),
             None if grads.bias is None else grads.bias.to(bias.dtype),
             *(None if g is None else g.to(hidden[0].dtype) for g in grads.hidden or [None] * len(hidden)),
         )
-
-
-def _is_traced(*tensors: Tensor) -> bool:
-    """Returns True if the tensors are traced or fake, which requires the registered operators."""
-    return torch.compiler.is_compiling() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)

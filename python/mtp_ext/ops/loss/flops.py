@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mtp_ext.ops.loss import operators  # noqa: F401  (registers them)
-from mtp_ext.ops.loss.arguments import LossCall, Needs, PackedCall
+from mtp_ext.ops.loss import operators
+from mtp_ext.ops.loss.arguments import LossCall
 from mtp_ext.ops.loss.native_cpu import FLAG_HIDDEN, FLAG_WEIGHT
 from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 
@@ -32,9 +32,8 @@ def _flop(call: LossCall, weight: Tensor, n_products: int) -> int:
 
 @register_flop_formula([_ops._multi_token_loss, _ops._row_losses, _ops._row_losses_backward], get_raw=True)
 def _(hidden: Sequence[Tensor], weight: Tensor, *call_and_needs: Any, out_val: Any = None) -> int:
-    *packed, needs = call_and_needs
-    needs = Needs(*needs)
-    return _flop(LossCall.unpack(PackedCall._make(packed)), weight, 1 + needs.hidden + needs.weight)
+    call, needs = operators.split(call_and_needs)
+    return _flop(call, weight, 1 + needs.hidden + needs.weight)
 
 
 @register_flop_formula(_ops._few_rows)

@@ -1,13 +1,14 @@
 """The fused loss as torch custom operators: one node for ``torch.compile``, traceable with fake tensors.
 
-Each operator takes a packed :class:`LossCall` and values, and returns gradients as values; ``autograd.py`` passes them
-to autograd. Outputs that were not asked for are empty. Eager calls use the function of the same name directly: the
-dispatcher costs 60 us for an operator written in Python.
+Each operator takes a packed :class:`LossCall` and values, and returns gradients as values; ``recorded.py`` has their
+autograd formulas. Outputs that were not asked for are empty. Eager calls use the function of the same name directly:
+the dispatcher costs 60 us for an operator written in Python.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs, PackedCall, s
 from mtp_ext.ops.loss.chunk_size import fits_one_chunk
 from mtp_ext.ops.loss.row_kernels import prepared
 
-# hidden is the n heads' [B, S, D], or one tensor [n, B, S, D]; the rest is LossCall.pack().
+# hidden is the n heads' [B, S, D], or one tensor [n, B, S, D]. What autograd differentiates stands apart from the other
+# tensors, because it does not look into lists that hold None; the rest is LossCall.pack().
 _CALL = (
-    "Tensor[] hidden, Tensor weight, Tensor?[] tensors, float[] options, SymInt[] sizes, int[] detach_weight, "
-    "SymInt[] max_valid, ScalarType compute_dtype, str group_name"
+    "Tensor[] hidden, Tensor weight, Tensor? bias, Tensor? head_weights, Tensor? grad_weight_out, Tensor?[] tensors, "
+    "float[] options, SymInt[] sizes, int[] detach_weight, SymInt[] max_valid, ScalarType compute_dtype, str group_name"
 )
 
 
@@ -105,10 +107,21 @@ def unpacked_gradients(outputs: list[Tensor], needs: Needs) -> Gradients:
     return Gradients(weight if needs.weight else None, bias if needs.bias else None, hidden)
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[LossCall, Needs]:
-    """Unpacks the call and the needs from an operator's arguments."""
-    *packed, needs = arguments
-    return LossCall.unpack(PackedCall._make(packed)), Needs(*needs)
+def arguments(call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs) -> tuple[Any, ...]:
+    """Packs the arguments of an operator."""
+    packed = replace(call, bias=None, head_weights=None).pack()
+    return list(hidden), weight, call.bias, call.head_weights, call.grad_weight_out, *packed, list(needs)
+
+
+def unpacked_call(bias: Tensor | None, head_weights: Tensor | None, *packed: Any) -> LossCall:
+    """Unpacks a call, without the buffer, from an operator's arguments."""
+    return replace(LossCall.unpack(PackedCall._make(packed)), bias=bias, head_weights=head_weights)
+
+
+def split(call_and_needs: tuple[Any, ...]) -> tuple[LossCall, Needs]:
+    """Unpacks the call and the needs from an operator's arguments behind the weight."""
+    bias, head_weights, _, *packed, needs = call_and_needs
+    return unpacked_call(bias, head_weights, *packed), Needs(*needs)
 
 
 @torch.library.custom_op(
@@ -117,14 +130,14 @@ def _split(arguments: tuple[Any, ...]) -> tuple[LossCall, Needs]:
     schema=f"({_CALL}, bool[] needs) -> (Tensor[] result, Tensor[] gradients)",
 )
 def _multi_token_loss(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    call, needs = _split(call_and_needs)
+    call, needs = split(call_and_needs)
     result, grads = multi_token_loss(call, weight, hidden, needs)
     return list(result), _or_empty(grads, call, weight)
 
 
 @_multi_token_loss.register_fake
 def _(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> tuple[list[Tensor], list[Tensor]]:
-    call, needs = _split(call_and_needs)
+    call, needs = split(call_and_needs)
     return list(_fake_result(call, weight)), _fake_gradients(call, weight, hidden, needs)
 
 
@@ -136,13 +149,13 @@ def _(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> tuple[list[
 def _row_losses(
     hidden: list[Tensor], weight: Tensor, *call_and_needs: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    losses, lse, divisors, result = row_losses(_split(call_and_needs)[0], weight, hidden)
+    losses, lse, divisors, result = row_losses(split(call_and_needs)[0], weight, hidden)
     return losses, lse, divisors, list(result)
 
 
 @_row_losses.register_fake
 def _(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    call, _ = _split(call_and_needs)
+    call, _ = split(call_and_needs)
     table = weight.new_empty((call.n_heads, call.labels.shape[0], call.seq_len), dtype=call.acc_dtype)
     divisors = weight.new_empty(call.n_heads, dtype=call.acc_dtype)
     return table, torch.empty_like(table), divisors, list(_fake_result(call, weight))
@@ -154,13 +167,13 @@ def _(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> tuple[Tenso
     schema=f"({_CALL}, bool[] needs) -> Tensor[] gradients",
 )
 def _row_losses_backward(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> list[Tensor]:
-    call, needs = _split(call_and_needs)
+    call, needs = split(call_and_needs)
     return _or_empty(row_losses_backward(call, weight, hidden, needs), call, weight)
 
 
 @_row_losses_backward.register_fake
 def _(hidden: list[Tensor], weight: Tensor, *call_and_needs: Any) -> list[Tensor]:
-    call, needs = _split(call_and_needs)
+    call, needs = split(call_and_needs)
     return _fake_gradients(call, weight, hidden, needs)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtp_ext.ops.common import backend
 from mtp_ext.ops.common.checks import INDEX_DTYPES, check_first_invalid
+from mtp_ext.ops.common.transforms import is_transformed, is_written_down
 from mtp_ext.ops.loss.autograd import PrecomputedGradients
 from mtp_ext.ops.loss.native_cpu import FLAG_HIDDEN, FLAG_WEIGHT
 from mtp_ext.ops.loss.options import RowOptions
@@ -44,6 +45,8 @@ def takes(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, re
         and reduction in ("mean", "sum")
         and not torch.is_autocast_enabled("cpu")
         and backend.forced is None
+        and not is_transformed()
+        and not is_written_down()
     )
 
 

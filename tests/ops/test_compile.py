@@ -152,6 +152,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             ),
             {},
         ),
+        "_few_rows": (ops._few_rows, (torch.randn(3, 8), weight), {}),
         "_select_rows": (ops._select_rows, (labels, None, None, 2, 5, 1, -100, V, True), {}),
         "_loss_rows_": (
             ops._loss_rows_,

@@ -31,6 +31,7 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     workspace_bytes: int | None = None,
     grad_weight_out: Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
     max_valid: int | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -55,6 +56,10 @@ def linear_cross_entropy(
         workspace_bytes: The same limit, in bytes of logits.
         grad_weight_out: Float32 buffer of ``weight``'s shape (float64 for float64 inputs) to which backward adds the
             weight's gradient; ``weight`` then gets no gradient.
+        grad_scale: With ``grad_weight_out``, the gradient that the loss will receive (1, a loss scale, 1 over the
+            number of micro-batches), a positive number or 0-d tensor: the forward adds to the buffer at once, and no
+            other gradient of the weight is ever formed. Backward raises ValueError for another gradient (on a GPU,
+            unless in debug checks, it gives NaN).
         max_valid: Upper bound on the number of targets (not ignored, of non-zero weight), if the host knows one, for
             example from the batch before it moves to the GPU. A GPU then processes only that many rows, without a
             sync. If exceeded: ValueError on the CPU, NaN loss and gradients on a GPU.
@@ -79,7 +84,7 @@ def linear_cross_entropy(
     Reference: :func:`torch.nn.functional.cross_entropy` of :func:`torch.nn.functional.linear`.
     """
     if (
-        bias is class_weights is token_weights is grad_weight_out is None
+        bias is class_weights is token_weights is grad_weight_out is grad_scale is None
         and chunk_rows is workspace_bytes is max_valid is None
         and softcap is None
         and group is None
@@ -111,6 +116,7 @@ def linear_cross_entropy(
         chunk_rows=chunk_rows,
         workspace_bytes=workspace_bytes,
         grad_weight_out=grad_weight_out,
+        grad_scale=checks.checked_grad_scale(grad_scale, grad_weight_out, "none" if return_lse else reduction),
         group=group,
         max_valid=checks.checked_max_valid(max_valid, 1),
         with_metrics=False,

@@ -36,6 +36,7 @@ def multi_token_cross_entropy(
     chunk_rows: int | None = None,
     workspace_bytes: int | None = None,
     grad_weight_out: Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
     max_valid: int | Sequence[int] | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> MultiTokenLoss:
@@ -73,6 +74,10 @@ def multi_token_cross_entropy(
         workspace_bytes: The same limit, in bytes of logits.
         grad_weight_out: Float32 buffer of ``weight``'s shape (float64 for float64 inputs) to which backward adds the
             weight's gradient; ``weight`` then gets no gradient.
+        grad_scale: With ``grad_weight_out``, the gradient that the loss will receive (1, a loss scale, 1 over the
+            number of micro-batches), a positive number or 0-d tensor: the forward adds to the buffer at once, and no
+            other gradient of the weight is ever formed. Backward raises ValueError for another gradient (on a GPU,
+            unless in debug checks, it gives NaN).
         max_valid: Upper bound on the number of targets, one for all heads or ``n`` of them, if the host knows it (from
             the batch before it moves to the GPU: :func:`mtp_ext.count_targets`). A GPU then processes only that many
             rows, without a sync. If exceeded: ValueError on the CPU, NaN loss and gradients on a GPU.
@@ -127,6 +132,7 @@ def multi_token_cross_entropy(
         chunk_rows=chunk_rows,
         workspace_bytes=workspace_bytes,
         grad_weight_out=grad_weight_out,
+        grad_scale=checks.checked_grad_scale(grad_scale, grad_weight_out, reduction),
         group=group,
     )
     call.check(weight)

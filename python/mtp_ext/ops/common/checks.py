@@ -205,31 +205,53 @@ def checked_head_weights(
 
 
 def checked_normalizer(normalizer: object) -> str | float | Tensor:
-    """Returns ``"per_head"``, or a positive and finite float or 0-d tensor; of a GPU's tensor the value is not read."""
-    if isinstance(normalizer, str):
-        if normalizer != "per_head":
-            raise ValueError(f"normalizer must be 'per_head', a number or a 0-d tensor, got {normalizer!r}")
-        return normalizer
-    if isinstance(normalizer, Tensor):
-        check_tensor("normalizer", normalizer, dtypes=(*FLOAT_DTYPES, *INDEX_DTYPES), shape="0-d")
-        if normalizer.dim() != 0:
-            raise ValueError(f"normalizer must be 0-d where it is a tensor, got {describe(normalizer)}")
-        if can_read(normalizer):
-            check_divisor(normalizer)
-        return normalizer
-    if isinstance(normalizer, bool) or not isinstance(normalizer, numbers.Real):
-        raise TypeError(f"normalizer must be 'per_head', a number or a 0-d tensor, got {describe(normalizer)}")
-    check_divisor(normalizer)
-    return float(normalizer)
+    """Returns ``"per_head"``, or what :func:`checked_positive` does."""
+    if not isinstance(normalizer, str):
+        return checked_positive("normalizer", normalizer, "'per_head', ")
+    if normalizer != "per_head":
+        raise ValueError(f"normalizer must be 'per_head', a number or a 0-d tensor, got {normalizer!r}")
+    return normalizer
 
 
-def check_divisor(normalizer: numbers.Real | Tensor) -> None:
-    """Raises ValueError for a normalizer that is not positive and finite; of a GPU's tensor only with debug checks."""
-    if isinstance(normalizer, Tensor) and not (can_read(normalizer) or debug_checks_enabled()):
+def checked_grad_scale(grad_scale: object, buffer: Tensor | None, reduction: str) -> float | Tensor | None:
+    """Checks ``grad_scale`` together with ``grad_weight_out`` and the reduction."""
+    if grad_scale is None:
+        return None
+    if buffer is None:
+        raise ValueError("grad_scale must be None without grad_weight_out, the buffer that the gradient is added to")
+    if reduction == "none":
+        raise ValueError("grad_scale must be None with reduction='none' or return_lse, whose gradients need backward")
+    return checked_positive("grad_scale", grad_scale)
+
+
+def checked_positive(name: str, x: object, instead: str = "") -> float | Tensor:
+    """Returns a positive and finite float or 0-d tensor; of a GPU's tensor the value is not read.
+
+    Args:
+        name: The argument's name.
+        x: Its value.
+        instead: What else it may be, for the errors.
+    """
+    if isinstance(x, Tensor):
+        check_tensor(name, x, dtypes=(*FLOAT_DTYPES, *INDEX_DTYPES), shape="0-d")
+        if x.dim() != 0:
+            raise ValueError(f"{name} must be 0-d where it is a tensor, got {describe(x)}")
+        if can_read(x):
+            check_positive(name, x)
+        return x
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        raise TypeError(f"{name} must be {instead}a number or a 0-d tensor, got {describe(x)}")
+    check_positive(name, x)
+    return float(x)
+
+
+def check_positive(name: str, x: numbers.Real | Tensor) -> None:
+    """Raises ValueError unless ``x`` is positive and finite; a GPU's tensor is read only with debug checks."""
+    if isinstance(x, Tensor) and not (can_read(x) or debug_checks_enabled()):
         return
-    value = float(normalizer.item() if isinstance(normalizer, Tensor) else normalizer)
+    value = float(x.item() if isinstance(x, Tensor) else x)
     if not 0 < value < math.inf:
-        raise ValueError(f"normalizer must be positive and finite, got {value:g}")
+        raise ValueError(f"{name} must be positive and finite, got {value:g}")
 
 
 def checked_max_valid(max_valid: int | Sequence[int] | None, n_heads: int) -> list[int] | None:

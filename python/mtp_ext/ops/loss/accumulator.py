@@ -8,13 +8,13 @@ with a sharded vocabulary, in the row-chunk loop (:mod:`mtp_ext.ops.loss.row_loo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mtp_ext.ops.common.backend import backend_of
 from mtp_ext.ops.common.result import MultiTokenLoss, RowTables, empty_metrics, head_metrics
-from mtp_ext.ops.common.workspace import empty
 from mtp_ext.ops.loss.arguments import LossCall, Needs, WeightSums
 from mtp_ext.ops.loss.head_terms import head_weights
 from mtp_ext.ops.loss.native_cpu import NativeHeads
@@ -36,7 +36,7 @@ class HeadLossAccumulator:
         weight: ``[V, D]`` shared, or ``[n, V, D]`` replicated.
         needs: Which gradients to compute.
         heads: The heads that will be added, ``1..n``; default all. The accept length covers the leading ones.
-        one_chunk: See :func:`mtp_ext.ops.loss.chunk_size.fits_one_chunk`; all heads must then be added at once.
+        sums: Buffers for the gradients of weight and bias; default new ones in the accumulation dtype.
     Raises:
         ValueError: On the CPU, a target outside ``[0, V)`` that is not ``ignore_index``, or more than ``max_valid``.
     """
@@ -47,19 +47,14 @@ class HeadLossAccumulator:
         weight: Tensor,
         needs: Needs,
         heads: frozenset[int] | None = None,
-        *,
-        one_chunk: bool = False,
+        sums: WeightSums | None = None,
     ) -> None:
         self.call, self._replicated = call, weight.dim() == 3
         self.heads = frozenset(range(1, call.n_heads + 1)) if heads is None else heads
         self._heads = (NativeHeads if runs_natively(call, weight) else RowLoop)(call, weight, needs)
-        self._sums = WeightSums(
-            weight=empty(weight.shape, weight.dtype if one_chunk else call.acc_dtype, weight.device)
-            if needs.weight
-            else None,
-            bias=torch.zeros(weight.shape[-2], dtype=call.acc_dtype, device=weight.device) if needs.bias else None,
-        )
-        self._unwritten = set(range(call.n_heads))  # heads of a replicated weight without a gradient yet
+        self._sums = WeightSums.of(call, weight, needs) if sums is None else sums
+        # Heads of a replicated weight whose gradient holds nothing yet.
+        self._unwritten = set() if self._sums.accumulate else set(range(call.n_heads))
 
     def add(self, hidden: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
         """Adds heads; heads added together share chunks.
@@ -125,10 +120,10 @@ class HeadLossAccumulator:
     def _run(self, heads: range, hidden: Sequence[Tensor]) -> Sequence[Tensor | None]:
         sums, replicated = self._sums, self._replicated
         if replicated and sums.weight is not None:
-            sums = WeightSums(sums.weight[heads.start : heads.stop], sums.bias)
+            sums = replace(sums, weight=sums.weight[heads.start : heads.stop])
         grads = self._heads.run(heads, hidden, sums)
         self._unwritten -= set(heads)
-        self._sums.accumulate = not replicated
+        self._sums.accumulate |= not replicated
         return grads
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext.ops.common import checks
+from mtp_ext.ops.common.workspace import empty
 from mtp_ext.ops.loss.options import RowOptions
 
 
@@ -58,7 +59,33 @@ class WeightSums:
 
     weight: Tensor | None  # [V, D], or [n, V, D] if replicated; uninitialised before the first head
     bias: Tensor | None  # [V]
-    accumulate: bool = False  # weight is shared and already holds the gradient of earlier heads
+    accumulate: bool = False  # weight already holds a gradient: of earlier heads if it is shared, or the caller's
+
+    @staticmethod
+    def of(
+        call: LossCall,
+        weight: Tensor,
+        needs: Needs,
+        *,
+        buffer: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> WeightSums:
+        """Allocates the buffers that a step needs.
+
+        Args:
+            call: The call.
+            weight: ``[V, D]`` or ``[n, V, D]``.
+            needs: Which gradients to compute.
+            buffer: The caller's, to which the weight's gradient is added; default a new one.
+            dtype: Of a new one; default the accumulation dtype.
+        """
+        shape, device = weight.shape, weight.device
+        bias = torch.zeros(shape[-2], dtype=call.acc_dtype, device=device) if needs.bias else None
+        if not needs.weight:
+            return WeightSums(None, bias)
+        return WeightSums(
+            empty(shape, dtype or call.acc_dtype, device) if buffer is None else buffer, bias, buffer is not None
+        )
 
 
 def saved_grad_dtype(hidden: Tensor) -> torch.dtype:
@@ -94,6 +121,7 @@ class LossCall:
     chunk_rows: int | None = None
     workspace_bytes: int | None = None
     grad_weight_out: Tensor | None = None  # weight's shape
+    grad_scale: float | Tensor | None = None  # the loss's incoming gradient, known beforehand
     group: torch.distributed.ProcessGroup | None = None
     with_metrics: bool = True
     row_scale: Tensor | None = None  # [n * B * S], incoming gradient of each row's loss
@@ -119,6 +147,7 @@ class LossCall:
         checks.check_constant("token_weights", self.token_weights)
         checks.check_constant("class_weights", self.options.class_weights)
         checks.check_constant("normalizer", self.normalizer)
+        checks.check_constant("grad_scale", self.grad_scale)
 
     @property
     def row_shape(self) -> tuple[int, int]:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ext.ops.common.backend import backend_of
+from mtp_ext.ops.common.backend import backend_of, can_read
 from mtp_ext.ops.common.derivatives import differentiable_once, is_last_backward, remember_inputs
 from mtp_ext.ops.common.result import MultiTokenLoss
+from mtp_ext.ops.common.runtime import debug_checks_enabled
 from mtp_ext.ops.common.transforms import is_recorded
 from mtp_ext.ops.loss import operators, recorded
 from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs
@@ -21,10 +22,47 @@ def reduced_loss(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> Mu
     """Computes the summed or averaged loss and its gradients in one pass."""
     if is_recorded(weight, *hidden):
         return recorded.reduced_loss(call, weight, hidden)
+    if _adds_at_once(call):
+        return _loss_added_at_once(call, weight, hidden)
     needs = Needs.of(call, weight, hidden)
     with torch.no_grad():
         result, gradients = operators.multi_token_loss(call, weight, hidden, needs)
     return with_gradients(result, gradients, call, weight, hidden)
+
+
+def _adds_at_once(call: LossCall) -> bool:
+    """Returns True if the forward adds the weight's gradient to the caller's buffer.
+
+    float16 adds it in backward: the factor that keeps its gradients from underflowing may be known to the device only.
+    """
+    return call.grad_scale is not None and torch.is_grad_enabled() and call.compute_dtype != torch.float16
+
+
+def _loss_added_at_once(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> MultiTokenLoss:
+    """Computes the gradients of ``grad_scale * loss``, the weight's in the buffer, and returns the loss."""
+    weights, scale, buffer = call.head_weights, call.grad_scale, call.grad_weight_out
+    assert scale is not None and buffer is not None
+    if weights is None:
+        weights = torch.ones(call.n_heads, dtype=torch.float64, device=weight.device)
+    needs = Needs.of(call, weight, hidden)
+    call = replace(call, head_weights=weights * scale, grad_weight_out=None, grad_scale=None)
+    with torch.no_grad():
+        result, gradients = operators.multi_token_loss(call, weight, hidden, needs, buffer)
+    result = with_gradients(result, gradients._replace(weight=None), call, weight, hidden)
+    if result.loss.requires_grad:
+        result.loss.register_hook(_of_grad_scale)  # type: ignore[no-untyped-call]
+    return result._replace(loss=result.loss / scale)
+
+
+def _of_grad_scale(grad: Tensor) -> Tensor:
+    """Checks the gradient of ``grad_scale * loss``, which is 1 up to rounding if the loss receives ``grad_scale``."""
+    wrong = (grad - 1).abs() > 1e-6
+    if (can_read(grad) or debug_checks_enabled()) and bool(wrong):
+        raise ValueError(
+            f"grad_scale must be the gradient that the loss receives, which is {grad.item():g} times as large: the "
+            "forward has added the weight's gradient with it"
+        )
+    return torch.where(wrong, torch.nan, grad)
 
 
 def with_gradients(
@@ -128,10 +166,10 @@ class RowLosses(torch.autograd.Function):
         hidden = tensors[LossCall.N_TENSORS :]
         call = replace(ctx.call.with_tensors(tensors[: LossCall.N_TENSORS]), bias=bias)
         _, of_weight, of_bias, *of_hidden = ctx.needs_input_grad
-        needs = Needs(any(of_hidden), of_weight or call.grad_weight_out is not None, of_bias)
-        grads = operators.row_losses_backward(call.for_backward(grad_losses, grad_lse), weight, hidden, needs)
-        if call.grad_weight_out is not None and grads.weight is not None:
-            torch.ops.mtp_ext._add_scaled_(call.grad_weight_out, grads.weight, grad_losses.new_ones(()))
+        buffer = call.grad_weight_out
+        needs = Needs(any(of_hidden), of_weight or buffer is not None, of_bias)
+        grads = operators.row_losses_backward(call.for_backward(grad_losses, grad_lse), weight, hidden, needs, buffer)
+        if buffer is not None:
             grads = grads._replace(weight=None)
         return (
             None,

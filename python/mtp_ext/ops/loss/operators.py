@@ -18,7 +18,7 @@ from mtp_ext.ops.common.backend import backend_of
 from mtp_ext.ops.common.result import MultiTokenLoss, RowTables, empty_metrics, head_metrics
 from mtp_ext.ops.loss import native_cpu
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator, runs_natively
-from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs, PackedCall, saved_grad_dtype
+from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs, PackedCall, WeightSums, saved_grad_dtype
 from mtp_ext.ops.loss.chunk_size import fits_one_chunk
 from mtp_ext.ops.loss.row_kernels import prepared
 
@@ -31,23 +31,27 @@ _CALL = (
 
 
 def _accumulated(
-    call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs
+    call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs, buffer: Tensor | None = None
 ) -> tuple[HeadLossAccumulator, Gradients]:
     """Runs all heads through the accumulator."""
+    dtype = weight.dtype if fits_one_chunk(call, weight) else None
+    sums = WeightSums.of(call, weight, needs, buffer=buffer, dtype=dtype)
     backend_of(weight.device).check_built()
     with torch.autocast(weight.device.type, enabled=False):
-        accumulator = HeadLossAccumulator(call, weight, needs, one_chunk=fits_one_chunk(call, weight))
+        accumulator = HeadLossAccumulator(call, weight, needs, sums=sums)
         grads = accumulator.add_all(hidden)
         return accumulator, Gradients(accumulator.grad_weight, accumulator.grad_bias, grads)
 
 
 def _natively(
-    call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs
+    call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs, buffer: Tensor | None = None
 ) -> tuple[native_cpu.HeadSums, RowTables, Gradients]:
     """Runs all heads in one native call."""
     call = prepared(call)
     native_cpu.check_max_valid(call, weight)
-    return native_cpu.fused_loss(call, weight, hidden, needs, one_chunk=fits_one_chunk(call, weight))
+    sums = None if buffer is None else WeightSums.of(call, weight, needs, buffer=buffer)
+    one_chunk = buffer is None and fits_one_chunk(call, weight)
+    return native_cpu.fused_loss(call, weight, hidden, needs, sums, one_chunk=one_chunk)
 
 
 def _result(call: LossCall, sums: native_cpu.HeadSums, tables: RowTables) -> MultiTokenLoss:
@@ -58,13 +62,16 @@ def _result(call: LossCall, sums: native_cpu.HeadSums, tables: RowTables) -> Mul
 
 
 def multi_token_loss(
-    call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs
+    call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs, buffer: Tensor | None = None
 ) -> tuple[MultiTokenLoss, Gradients]:
-    """Computes loss, metrics and gradients in one pass: 6 N D V FLOP, or 2 N D V without gradients."""
+    """Computes loss, metrics and gradients in one pass: 6 N D V FLOP, or 2 N D V without gradients.
+
+    The weight's gradient is added to ``buffer``, if there is one.
+    """
     if runs_natively(call, weight):
-        sums, tables, grads = _natively(call, weight, hidden, needs)
+        sums, tables, grads = _natively(call, weight, hidden, needs, buffer)
         return _result(call, sums, tables), grads
-    accumulator, grads = _accumulated(call, weight, hidden, needs)
+    accumulator, grads = _accumulated(call, weight, hidden, needs, buffer)
     return accumulator.result(), grads
 
 
@@ -85,11 +92,16 @@ def row_losses(
     return tables.loss, tables.lse, accumulator.divisors.clone(), accumulator.result()
 
 
-def row_losses_backward(call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs) -> Gradients:
-    """Computes the gradients from the incoming ones in ``call``; recomputes the logits: 6 N D V FLOP."""
+def row_losses_backward(
+    call: LossCall, weight: Tensor, hidden: Sequence[Tensor], needs: Needs, buffer: Tensor | None = None
+) -> Gradients:
+    """Computes the gradients from the incoming ones in ``call``; recomputes the logits: 6 N D V FLOP.
+
+    The weight's gradient is added to ``buffer``, if there is one.
+    """
     if runs_natively(call, weight):
-        return _natively(call, weight, hidden, needs)[2]
-    return _accumulated(call, weight, hidden, needs)[1]
+        return _natively(call, weight, hidden, needs, buffer)[2]
+    return _accumulated(call, weight, hidden, needs, buffer)[1]
 
 
 def _or_empty(grads: Gradients, call: LossCall, like: Tensor) -> list[Tensor]:

@@ -22,7 +22,7 @@ def prepared(call: LossCall) -> LossCall:
     """
     acc, normalizer = call.acc_dtype, call.normalizer
     if isinstance(normalizer, Tensor):
-        checks.check_divisor(normalizer)
+        checks.check_positive("normalizer", normalizer)
     changes: dict[str, Any] = {
         "labels": call.labels if call.labels.stride(-1) == 1 else call.labels.contiguous(),
         "document_ids": None if call.document_ids is None else call.document_ids.contiguous(),

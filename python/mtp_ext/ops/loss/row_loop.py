@@ -119,7 +119,7 @@ class RowLoop:
         for part in self._ranges(heads):
             grad_weight = sums.weight
             if grad_weight is not None and grad_weight.dim() == 3:
-                grad_weight, written = grad_weight[part.start - heads.start], False
+                grad_weight, written = grad_weight[part.start - heads.start], sums.accumulate
             out = _ChunkGradients(grad_rows, grad_weight, sums.bias, accumulate=written)
             if part.start + 1 in self.call.detach_weight:
                 out.weight = None

@@ -102,6 +102,10 @@ std::tuple<std::vector<Tensor>, int64_t> fused_loss_cpu(const std::vector<Tensor
     a.labels = as_matrix(torch::stable::contiguous(a.labels), 1, a.seq_len);
   }
   const int64_t heads = sizes[kHeads], rows = a.labels.size(0) * a.seq_len, width = weight.size(-1);
+  int64_t elements = 0;
+  for (const Tensor& h : hidden) elements += h.numel();
+  STD_TORCH_CHECK(elements == heads * rows * width, "hidden must hold ", heads * rows, " rows of ", width,
+                  " elements, got ", elements, " elements");
   a.hidden = rows_of_heads(hidden, heads, rows, width);
   a.document_ids = given(kDocumentIds);
   a.token_weights = given(kTokenWeights);

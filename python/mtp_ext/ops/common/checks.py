@@ -49,9 +49,21 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device} like hidden, got {describe(x)}")
 
 
+def holds(comparison: bool) -> bool:
+    """Returns whether a comparison of sizes holds; sizes that depend on data are compared when the graph runs."""
+    if not torch.compiler.is_compiling():
+        return comparison
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # imports sympy
+
+    if not guard_or_true(comparison):
+        return False
+    torch._check(comparison)  # type: ignore[no-untyped-call]
+    return True
+
+
 def check_shape(name: str, x: Tensor, expected: Sequence[int], meaning: str) -> None:
     """Raises ValueError unless ``x.shape`` is ``expected``."""
-    if list(x.shape) != list(expected):
+    if x.dim() != len(expected) or not all(holds(a == b) for a, b in zip(x.shape, expected, strict=True)):
         raise ValueError(f"{name} must have shape {meaning} = {list(expected)}, got {describe(x)}")
 
 
@@ -82,7 +94,7 @@ def check_token_range(name: str, ids: Tensor, vocab_size: int) -> None:
 def check_labels(labels: Tensor, batch: int, seq_len: int, device: torch.device) -> None:
     """Checks unshifted labels ``[B, S']`` for ``[B, S]`` positions."""
     check_tensor("labels", labels, dtypes=INDEX_DTYPES, shape="[B, S']", device=device)
-    if labels.dim() != 2 or labels.shape[0] != batch or labels.shape[1] < seq_len:
+    if labels.dim() != 2 or not (holds(labels.shape[0] == batch) and holds(labels.shape[1] >= seq_len)):
         raise ValueError(
             f"labels must be [B, S'] with B = {batch} and S' >= S = {seq_len} (unshifted; S + n loses no target), got "
             f"{describe(labels)}"

@@ -68,14 +68,13 @@ class CachedForward:
             return {k: taken(self._of_chain[k], at) for k in wanted}
         if at.shape[1] == hidden.shape[1]:
             return head_outputs(heads, hidden, self.context, wanted)
-        token_wise = [k for k in wanted if not heads.head(k).reads_context]
-        found = head_outputs(heads, taken(hidden, at), self.context, token_wise) if token_wise else {}
-        for k in sorted({*wanted} - {*token_wise}):
-            if heads.head(k).takes_queries:
-                found[k] = heads.run(k, hidden, self.context.at(at))[1]
-            else:
-                found[k] = taken(heads.run(k, hidden, self.context)[1], at)
-        return found
+        found: dict[int, Tensor] = {}
+        if token_wise := [k for k in wanted if not heads.head(k).reads_context]:
+            found |= head_outputs(heads, taken(hidden, at), self.context, token_wise)
+        if narrow := [k for k in wanted if heads.head(k).takes_queries]:
+            found |= head_outputs(heads, hidden, self.context.at(at), narrow)
+        wide = sorted({*wanted} - {*found})
+        return found | {k: taken(heads.run(k, hidden, self.context)[1], at) for k in wide}
 
     def window(self, tokens: Tensor, n_again: int, n_ahead: int) -> Window:
         """Returns the new tokens after the last ``n_again`` before them; keeps them in the cache for later windows.

@@ -131,6 +131,10 @@ def document_lengths(document_ids: Tensor) -> list[int] | None:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, is_causal: bool) -> Tensor:
+    n_queries = q.shape[1]
+    if n_queries == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        # torch's products of one query take 1.8 to 2.9 times as long as those of two (80 and 512 keys, 1 and 8 rows).
+        q = F.pad(q, (0, 0, 0, 0, 0, 1))
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -139,7 +143,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, is_causal: 
         is_causal=is_causal,
         enable_gqa=bool(q.shape[2] != k.shape[2]),  # torch.jit.trace compares sizes as tensors
     )
-    return y.transpose(1, 2)
+    return y.transpose(1, 2)[:, :n_queries]
 
 
 class Attention(nn.Module):

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_ext.generate import GenerationOutput, generate
+from mtp_ext.generate.round import Round
 from mtp_ext.nn import ComposedModel, KVCache, MTPConfig, MTPModel
 from mtp_ext.nn.cached_forward import CachedForward
 from mtp_ext.nn.schedules.head_stack import head_outputs
 from mtp_ext.nn.transformer.attention import taken
 from mtp_ext.nn.transformer.layers import Block
 from mtp_ext.nn.transformer.trunk import Trunk
+from tests.support.pretend_cuda import StandIns, pretend_cuda
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -172,6 +174,41 @@ def test_a_stale_cache_is_found(prompts: list[Tensor]) -> None:
 
         last.forward = forgets  # type: ignore[method-assign]
         generate(model, prompts, N_NEW, on_tokens=audit.on_tokens)
+
+
+def test_tokens_read_again_matter(prompts: list[Tensor]) -> None:
+    """Another negative control: what heads have read of drafts is wrong if it is not read again."""
+    model = tiny(variant="sequential_modules")
+    audit = CacheAudit(model, prompts)
+    window = CachedForward.window
+    without = lambda forward, tokens, n_again, n_ahead: window(forward, tokens, 0, n_ahead)  # noqa: E731
+    with mock.patch.object(model, "cached_context", audit), mock.patch.object(CachedForward, "window", without):
+        with pytest.raises(AssertionError, match=r"layer [56]"):
+            generate(model, prompts, N_NEW, on_tokens=audit.on_tokens)
+
+
+ONE_PRODUCT = ["parallel", "linear", "causal", "anticausal", "shared"]
+
+
+@pytest.mark.parametrize("variant", ONE_PRODUCT)
+def test_a_gpus_kernel_reads_the_unembedding_once_a_round(variant: str, prompts: list[Tensor]) -> None:
+    """Four rows with two drafts are 36 rows of its 64; eight would be 72, and take two calls."""
+    model = tiny(n_future=3, variant=variant).bfloat16()
+    for rows, expected in ((prompts, [12, 36, 36]), (prompts * 2, [24, 24, 16])):
+        with pretend_cuda(may_wait=True):
+            with mock.patch.object(StandIns, "_decode", autospec=True, side_effect=StandIns._decode) as decode:
+                n_forward = generate(model, rows, 12).stats.n_forward
+        shapes = [call.args[1].shape[0] for call in decode.call_args_list]
+        assert shapes[:3] == expected and (len(shapes) == n_forward) == (rows is prompts)
+
+
+@pytest.mark.parametrize("variant", ONE_PRODUCT)
+def test_one_product_for_all_heads_says_the_same(variant: str, prompts: list[Tensor]) -> None:
+    model = tiny(variant=variant)
+    expected = generate(model, prompts, 20)
+    with mock.patch.object(Round, "_is_read_once", lambda *_: True):
+        output = generate(model, prompts, 20)
+    assert as_lists(output) == as_lists(expected) and output.stats == expected.stats
 
 
 @pytest.mark.parametrize("variant", ["parallel", "causal", "anticausal"])

@@ -130,8 +130,9 @@ class MultiTokenModel(nn.Module):
 
     @property
     def max_seq_len(self) -> int | None:
-        """The longest sequence that the trunk's configuration allows; None if it does not say."""
-        return getattr(getattr(self.trunk, "config", None), "max_seq_len", None)
+        """The longest sequence that the trunk or its configuration allows; None if they do not say."""
+        limit: int | None = getattr(self.trunk, "max_seq_len", None)
+        return getattr(getattr(self.trunk, "config", None), "max_seq_len", None) if limit is None else limit
 
     def check_decoding(self) -> None:
         """Raises TypeError or ValueError if the model cannot decode with a key-value cache."""

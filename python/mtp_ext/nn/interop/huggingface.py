@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from mtp_ext.nn.heads.head import Head
 from mtp_ext.nn.heads.unembedding import check_linear_map
 from mtp_ext.nn.interop.add_heads import INITS
 from mtp_ext.nn.transformer.checks import is_watched
+from mtp_ext.nn.transformer.kv_cache import KVCache, Slots
 from mtp_ext.nn.variants import TRANSFORMER, VARIANTS
 from mtp_ext.ops.common.checks import check_token_range
 
@@ -33,8 +34,34 @@ SUPPORTED = ("parallel", "linear", "causal", "anticausal", "shared")
 class Visibility:
     """Shared by the layers of one forward: positions, and the mask of each kind of attention (None: causal)."""
 
-    position_ids: Tensor  # [1, S]
+    position_ids: Tensor  # [1, S], or [B, S] if the rows of a cache differ in length
     masks: dict[str, Tensor | None]
+    cache: LayerCaches | None = None
+
+
+@dataclass(frozen=True)
+class LayerCaches:
+    """A :class:`KVCache` as the attention layers of transformers call their own.
+
+    Args:
+        cache: The cache.
+        slots: Where this forward writes.
+        layer: The index under which it writes; default the one that a layer has in its model.
+    """
+
+    cache: KVCache
+    slots: Slots
+    layer: int | None = None
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values ``[B, H_kv, S, head_dim]`` and returns those of all positions so far."""
+        layer = layer_idx if self.layer is None else self.layer
+        stored = self.cache.write(layer, keys.transpose(1, 2), values.transpose(1, 2), self.slots)
+        return stored[0].transpose(1, 2), stored[1].transpose(1, 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The length of the longest row."""
+        return self.cache.max_length
 
 
 class HuggingFaceTrunk(nn.Module):
@@ -68,40 +95,57 @@ class HuggingFaceTrunk(nn.Module):
                 "was replaced (resize_token_embeddings, LoRA): replace it first, then call from_huggingface again"
             )
 
-    def context(self, tokens: Tensor, document_ids: Tensor | None) -> Visibility:
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest sequence that the model's configuration allows."""
+        return getattr(self.base.config, "max_position_embeddings", None)
+
+    def context(self, tokens: Tensor, document_ids: Tensor | None, cache: KVCache | None = None) -> Visibility:
         """Checks the inputs of a forward and builds positions and masks.
 
         Args:
             tokens: ``[B, S]``.
             document_ids: ``[B, S]``: attention stays within tokens of one id.
+            cache: Tokens follow those that it holds.
         """
         self.check_parts()
         check_token_range("tokens", tokens, self.base.embed_tokens.num_embeddings)
-        config, seq_len = self.base.config, tokens.shape[1]
-        position_ids = torch.arange(seq_len, device=tokens.device)[None]
+        config, caches = self.base.config, None
+        positions, n_keys = torch.arange(tokens.shape[1], device=tokens.device)[None], tokens.shape[1]
+        if cache is not None:
+            slots = cache.slots(n_keys, tokens.device)
+            positions, n_keys, caches = slots.positions.view(-1, n_keys), slots.end, LayerCaches(cache, slots)
         window = getattr(config, "sliding_window", None)
         kinds = {"full_attention": None}
         if window is not None:
             kinds["sliding_attention"] = window
-        masks = {kind: self._mask(tokens, document_ids, limit) for kind, limit in kinds.items()}
-        return Visibility(position_ids, masks)
+        needed = document_ids is not None or cache is not None  # transformers would ask its own cache for sizes
+        masks = {
+            kind: self._mask(positions, n_keys, document_ids, limit, always=needed) for kind, limit in kinds.items()
+        }
+        return Visibility(positions, masks, caches)
 
-    def _mask(self, tokens: Tensor, document_ids: Tensor | None, window: int | None) -> Tensor | None:
-        """Returns a mask ``[B or 1, 1, S, S]``: additive for eager attention, else boolean; None: causal."""
-        seq_len, attention = tokens.shape[1], self.base.config._attn_implementation
-        narrow = window is not None and window < seq_len
-        if document_ids is None and not narrow and attention != "eager":
+    def _mask(
+        self, positions: Tensor, n_keys: int, document_ids: Tensor | None, window: int | None, *, always: bool
+    ) -> Tensor | None:
+        """Returns a mask ``[B or 1, 1, S, L]``: additive for eager attention, else boolean; None: causal.
+
+        ``always`` refuses to return None.
+        """
+        attention = self.base.config._attn_implementation
+        narrow = window is not None and window < n_keys
+        if not always and not narrow and attention != "eager":
             return None
         if attention not in ("eager", "sdpa"):
             raise ValueError(
-                "document_ids and sliding windows need a model with attn_implementation='sdpa' or 'eager', got "
-                f"{attention!r}"
+                "document_ids, sliding windows and decoding need a model with attn_implementation='sdpa' or 'eager', "
+                f"got {attention!r}"
             )
-        position = torch.arange(seq_len, device=tokens.device)
-        seen = position[:, None] >= position
+        key = torch.arange(n_keys, device=positions.device)
+        seen = positions[..., None] >= key
         if window is not None:
-            seen &= position[:, None] - position < window
-        seen = seen[None, None]
+            seen &= positions[..., None] - key < window
+        seen = seen[:, None]
         if document_ids is not None:
             seen = seen & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
         if attention == "sdpa":
@@ -114,7 +158,13 @@ class HuggingFaceTrunk(nn.Module):
         mask: Any = context.masks
         if getattr(self.base.config, "layer_types", None) is None:  # one kind of attention in all layers
             mask = mask[_kind(self.base.config, 0)]
-        output = self.base(input_ids=tokens, attention_mask=mask, position_ids=context.position_ids, use_cache=False)
+        output = self.base(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=context.position_ids,
+            past_key_values=context.cache,
+            use_cache=context.cache is not None,
+        )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -126,11 +176,12 @@ class HuggingFaceLayer(nn.Module):
         layer: The layer.
         rotary: The model's rotary embedding; owned by the model.
         kind: The kind of its attention, "full_attention" or "sliding_attention".
+        index: Its index in the key-value cache.
     """
 
-    def __init__(self, layer: nn.Module, rotary: nn.Module, kind: str) -> None:
+    def __init__(self, layer: nn.Module, rotary: nn.Module, kind: str, index: int) -> None:
         super().__init__()
-        self.layer, self.kind = layer, kind
+        self.layer, self.kind, self.index = layer, kind, index
         self._borrowed = (rotary,)
 
     def forward(self, x: Tensor, context: Visibility) -> Tensor:
@@ -140,6 +191,7 @@ class HuggingFaceLayer(nn.Module):
             attention_mask=context.masks[self.kind],
             position_ids=context.position_ids,
             position_embeddings=self._borrowed[0](x, context.position_ids),
+            past_key_values=None if context.cache is None else replace(context.cache, layer=self.index),
         )
         return y
 
@@ -194,7 +246,8 @@ def _make_head(model: Any, k: int, variant: str, init: str) -> Head:
         layer = copy.deepcopy(last).requires_grad_(True)
     else:
         layer = _random_layer(last, config)
-    return Head(HuggingFaceLayer(layer, base.rotary_emb, _kind(config, len(base.layers) - 1)), norm)
+    n_before = len(base.layers) - 1
+    return Head(HuggingFaceLayer(layer, base.rotary_emb, _kind(config, n_before), n_before + k - 1), norm)
 
 
 def _linear(like: Tensor, config: Any, init: str) -> nn.Linear:

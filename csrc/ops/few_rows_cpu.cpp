@@ -10,10 +10,12 @@ namespace {
 constexpr int64_t kWeightsPerThread = 65536;  // 15 us of float32; waking a thread takes 5
 
 template <typename scalar_t>
-void run(const float* x, const Tensor& weight, Tensor y) {
-  const auto* w = static_cast<const scalar_t*>(weight.const_data_ptr());
-  const FewRowsParams<scalar_t> params{
-      x, w, static_cast<scalar_t*>(y.mutable_data_ptr()), y.size(0), weight.size(1), y.size(1)};
+void run(const Tensor& x, const Tensor& weight, Tensor y) {
+  FewRowsParams<scalar_t> params{};
+  params.x = static_cast<const scalar_t*>(x.const_data_ptr());
+  params.w = static_cast<const scalar_t*>(weight.const_data_ptr());
+  params.y = static_cast<scalar_t*>(y.mutable_data_ptr());
+  params.rows = x.size(0), params.width = x.size(1), params.columns = weight.size(0);
   const int64_t grain = std::max<int64_t>(64, kWeightsPerThread / std::max<int64_t>(1, params.width));
   torch::stable::parallel_for(0, params.columns, grain,
                               [&](int64_t begin, int64_t end) { few_rows(cpu_capability(), params, begin, end); });
@@ -25,14 +27,11 @@ Tensor few_rows_cpu(const Tensor& x, const Tensor& weight) {
                   "x must be [R, I] and weight [O, I], contiguous and of one dtype");
   Tensor y = empty_cpu({x.size(0), weight.size(0)}, x.scalar_type());
   if (x.scalar_type() == ScalarType::Float) {
-    run<float>(static_cast<const float*>(x.const_data_ptr()), weight, y);
-    return y;
+    run<float>(x, weight, y);
+  } else {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x must be float32 or bfloat16");
+    run<BFloat16Bits>(x, weight, y);
   }
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "x must be float32 or bfloat16");
-  const auto* narrow = static_cast<const BFloat16Bits*>(x.const_data_ptr());
-  std::vector<float> wide(static_cast<size_t>(x.numel()));
-  std::transform(narrow, narrow + wide.size(), wide.begin(), [](BFloat16Bits value) { return to_float(value); });
-  run<BFloat16Bits>(wide.data(), weight, y);
   return y;
 }
 

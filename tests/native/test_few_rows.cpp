@@ -23,13 +23,12 @@ float widened(mtp::BFloat16Bits value) { return mtp::to_float(value); }
 template <typename scalar_t>
 struct Problem {
   int64_t rows, width, columns;
-  std::vector<float> x;
-  std::vector<scalar_t> w;
+  std::vector<scalar_t> x, w;
 
   Problem(int64_t r, int64_t i, int64_t o) : rows(r), width(i), columns(o) {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
-    for (int64_t j = 0; j < r * i; ++j) x.push_back(widened(narrowed(scalar_t{}, normal(random))));
+    for (int64_t j = 0; j < r * i; ++j) x.push_back(narrowed(scalar_t{}, normal(random)));
     for (int64_t j = 0; j < o * i; ++j) w.push_back(narrowed(scalar_t{}, normal(random)));
   }
 
@@ -54,7 +53,7 @@ void test_sizes(CpuCapability isa, double rounding) {
           for (int64_t o = 0; o < columns; ++o) {
             double exact = 0, size = 0;
             for (int64_t i = 0; i < width; ++i) {
-              const double term = static_cast<double>(p.x[r * width + i]) * widened(p.w[o * width + i]);
+              const double term = static_cast<double>(widened(p.x[r * width + i])) * widened(p.w[o * width + i]);
               exact += term;
               size += std::fabs(term);
             }

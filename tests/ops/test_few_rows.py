@@ -86,9 +86,6 @@ def test_the_operator_checks_its_arguments() -> None:
     for wrong in ((x, weight.T), (x, weight.bfloat16()), (x[0], weight), (x.double(), weight.double())):
         with pytest.raises(RuntimeError, match="x must be"):
             torch.ops.mtp_ext._few_rows(*wrong)
-    torch.library.opcheck(
-        torch.ops.mtp_ext._few_rows.default, (x, weight), test_utils=("test_schema", "test_faketensor")
-    )
 
 
 def test_operations_are_counted() -> None:

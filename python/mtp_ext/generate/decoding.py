@@ -18,7 +18,7 @@ from mtp_ext.generate.stats import DecodingStats
 from mtp_ext.generate.stopwatch import Stopwatch
 from mtp_ext.nn.multi_token_model import MultiTokenModel
 from mtp_ext.nn.transformer.kv_cache import KVCache
-from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
+from mtp_ext.ops.common.checks import INDEX_DTYPES, check_int, check_tensor, checked_items, describe
 
 DRAFTS = ("greedy", "sample")
 
@@ -87,6 +87,7 @@ def generate(
     if draft not in DRAFTS:
         raise ValueError(f"draft must be one of {', '.join(DRAFTS)}, got {draft!r}")
     sampling = Sampling(temperature, top_k, top_p)
+    _check_ends(model, eos_token, generator, on_tokens)
     rows = Rows(len(prompts), most, max_new_tokens, eos_token, on_tokens)
     watch, device = Stopwatch(), prompts[0].device
     if max_new_tokens > 0:
@@ -142,13 +143,15 @@ def _checked_prompts(model: MultiTokenModel, prompt: Tensor | Sequence[Tensor]) 
     """Checks the prompts and returns them as 1-d int64 tensors on the model's device."""
     if isinstance(prompt, Tensor) and prompt.dim() != 2:
         raise ValueError(f"prompt must be [B, P] or a list of 1-d tensors, got {describe(prompt)}")
-    prompts = list(prompt)
+    prompts = checked_items("prompt", prompt, "a tensor [B, P] or B 1-d tensors")
     if not prompts:
         raise ValueError("prompt must hold at least one row, got none")
     for i, row in enumerate(prompts):
         check_tensor(f"prompt[{i}]", row, dtypes=INDEX_DTYPES, shape="[P]")
         if row.dim() != 1 or len(row) == 0:
             raise ValueError(f"prompt[{i}] must be 1-d with at least one token, got {describe(row)}")
+        if row.is_meta:
+            raise ValueError(f"prompt[{i}] must have values, got {describe(row)}")
     device = next(model.parameters()).device
     return [row.to(device, torch.int64) for row in prompts]
 
@@ -166,7 +169,7 @@ def _check_room(model: MultiTokenModel, prompts: list[Tensor], max_new_tokens: i
 def _checked_n_draft(model: MultiTokenModel, n_draft: int | str | None) -> int:
     """Returns the number of drafts, the most there can be if it is not given."""
     n_heads = model.heads.n_heads
-    if n_draft is None or n_draft == "auto":
+    if n_draft is None or (isinstance(n_draft, str) and n_draft == "auto"):
         return n_heads - 1
     if isinstance(n_draft, str):
         raise ValueError(f"n_draft must be a number or 'auto', got {n_draft!r}")
@@ -176,6 +179,18 @@ def _checked_n_draft(model: MultiTokenModel, n_draft: int | str | None) -> int:
             f"n_draft must be at most {n_heads - 1} with {n_heads} heads (heads 2 to n draft), got {n_draft}"
         )
     return n_draft
+
+
+def _check_ends(model: MultiTokenModel, eos_token: object, generator: object, on_tokens: object) -> None:
+    """Checks the arguments that are read only after the first forward."""
+    if eos_token is not None:
+        check_int("eos_token", eos_token, " or None")
+        if not 0 <= int(eos_token) < model.heads.vocab_size:  # type: ignore[call-overload]
+            raise ValueError(f"eos_token must be in [0, {model.heads.vocab_size}), got {eos_token}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {describe(generator)}")
+    if on_tokens is not None and not callable(on_tokens):
+        raise TypeError(f"on_tokens must be callable or None, got {describe(on_tokens)}")
 
 
 def _check_count(name: str, count: object) -> None:

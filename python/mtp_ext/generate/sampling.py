@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtp_ext.ops.common.checks import check_int, check_number
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,13 +29,15 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        check_number("temperature", self.temperature)
         if not math.isfinite(self.temperature) or self.temperature < 0:
             raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
         if self.top_k is not None:
-            if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
-                raise TypeError(f"top_k must be an int or None, got {self.top_k!r}")
+            check_int("top_k", self.top_k, " or None")
             if self.top_k < 1:
                 raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, " or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
 

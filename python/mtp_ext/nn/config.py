@@ -117,7 +117,8 @@ class MTPConfig:
         _check_number("dropout", self.dropout, allow_zero=True)
         if self.dropout >= 1:
             raise ValueError(f"dropout must be less than 1, got {self.dropout}")
-        for name in ("init_std", "embed_init_std", "unembed_init_std", "residual_init_scale"):
+        _check_number("unembed_init_std", self.unembed_init_std, allow_zero=True)
+        for name in ("init_std", "embed_init_std", "residual_init_scale"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), allow_zero=True)
         check_variant(self.variant)
@@ -281,6 +282,8 @@ def _check_count(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
 
 
 def _check_number(name: str, value: object, *, allow_zero: bool) -> None:

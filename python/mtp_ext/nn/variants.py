@@ -94,5 +94,5 @@ def chains_of(variant: str, n_heads: int) -> Chains:
 
 def check_variant(variant: object) -> None:
     """Raises ValueError for an unknown architecture."""
-    if variant not in VARIANTS:
+    if not isinstance(variant, str) or variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")

@@ -102,7 +102,7 @@ def multi_token_cross_entropy(
     Reference: Gloeckle et al. 2024, Better & Faster Large Language Models via Multi-token Prediction, section 2.
     """
     stacked = isinstance(hidden, Tensor)
-    heads = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
+    heads = (hidden,) if isinstance(hidden, Tensor) else checks.checked_items("hidden", hidden, "n tensors [B, S, D]")
     n_heads, seq_len = _check_hidden(heads, stacked, labels)
     autocast = autocast_dtype(heads[0])
     _check_weight(heads[0], weight, n_heads, autocast is not None, group is not None)
@@ -146,8 +146,8 @@ def _check_hidden(heads: tuple[Tensor, ...], stacked: bool, labels: Tensor) -> t
         raise ValueError("hidden must hold at least one head, got an empty sequence")
     for k, h in enumerate(heads):
         name = "hidden" if stacked else f"hidden[{k}]"
-        dtypes = checks.FLOAT_DTYPES
-        checks.check_tensor(name, h, dtypes=dtypes, shape=shape, device=heads[0].device)
+        device = heads[0].device if k else None
+        checks.check_tensor(name, h, dtypes=checks.FLOAT_DTYPES, shape=shape, device=device)
         if h.dim() != (4 if stacked else 3):
             raise ValueError(f"{name} must be {shape}, got {checks.describe(h)}")
         if h.dtype != heads[0].dtype:

@@ -52,5 +52,5 @@ def multi_token_loss(
 
 def check_schedule(schedule: str) -> None:
     """Raises ValueError for an unknown schedule."""
-    if schedule not in SCHEDULES:
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise ValueError(f"schedule must be 'sequential', 'joint' or 'autograd', got {schedule!r}")

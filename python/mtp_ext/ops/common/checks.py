@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,13 @@ def check_constant(name: str, x: object) -> None:
     """Raises ValueError if ``x`` is a tensor that would need a gradient; the loss computes none for it."""
     if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad, because the loss gives it no gradient: pass {name}.detach()")
+
+
+def checked_items(name: str, x: object, expected: str) -> tuple[Any, ...]:
+    """Returns the items of a collection that is no text."""
+    if isinstance(x, (str, bytes, dict)) or not isinstance(x, Iterable):
+        raise TypeError(f"{name} must hold {expected}, got {describe(x)}")
+    return tuple(x)
 
 
 def check_token_range(name: str, ids: Tensor, vocab_size: int) -> None:
@@ -210,9 +217,13 @@ def checked_head_weights(
     if isinstance(head_weights, Tensor):
         check_vector("head_weights", head_weights, n_heads, "n", (torch.float32, torch.float64), device)
         return head_weights
-    values = [float(w) for w in head_weights]
-    if len(values) != n_heads:
-        raise ValueError(f"head_weights must hold n = {n_heads} numbers, got {len(values)}")
+    weights = checked_items("head_weights", head_weights, f"{n_heads} numbers or a tensor [n]")
+    for weight in weights:
+        check_constant("head_weights", weight)
+        check_number("head_weights", weight.item() if isinstance(weight, Tensor) and weight.dim() == 0 else weight)
+    if len(weights) != n_heads:
+        raise ValueError(f"head_weights must hold n = {n_heads} numbers, got {len(weights)}")
+    values = [float(weight) for weight in weights]
     return backend_of(device).constants(values, torch.float64, device)
 
 
@@ -270,7 +281,8 @@ def checked_max_valid(max_valid: int | Sequence[int] | None, n_heads: int) -> li
     """Returns one bound per head, from ``n`` bounds or one for all."""
     if max_valid is None:
         return None
-    limits = [python_number(x) for x in (max_valid if isinstance(max_valid, Sequence) else [max_valid] * n_heads)]
+    several = isinstance(max_valid, Sequence) and not isinstance(max_valid, bytes)
+    limits = [python_number(x) for x in (max_valid if several else [max_valid] * n_heads)]  # type: ignore[union-attr]
     for limit in limits:
         check_int("max_valid", limit, f", {n_heads} ints or None")
         if limit < 0:
@@ -282,7 +294,7 @@ def checked_max_valid(max_valid: int | Sequence[int] | None, n_heads: int) -> li
 
 def checked_heads(name: str, heads: Collection[int], n_heads: int) -> frozenset[int]:
     """Returns the 1-based heads as a set."""
-    for k in heads:
+    for k in checked_items(name, heads, f"heads in 1..{n_heads}"):
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n_heads:
             raise ValueError(f"{name} must hold heads in 1..{n_heads}, got {k!r}")
     return frozenset(heads)

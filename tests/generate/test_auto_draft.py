@@ -98,6 +98,20 @@ def test_what_pays_is_chosen_and_says_the_same(
     assert len(output.stats.histogram) == 4 and output.stats.seconds["auto"] > 0
 
 
+@pytest.mark.parametrize("variant", ["parallel", "linear", "causal", "anticausal", "sequential_modules"])
+@pytest.mark.parametrize("costs", [(1.0, 0.3, 0.01), (1.0, 0.02, 0.01), (1.0, 0.001, 0.0)], ids=str)
+def test_greedy_tokens_stay_the_same(variant: str, costs: tuple[float, ...]) -> None:
+    """Wherever the number of drafts falls, with heads of random weights, of which some drafts are accepted."""
+    config = MTPConfig(VOCAB_SIZE, 16, 6, 4, d_ff=24, variant=variant, max_seq_len=90, init_std=0.6)
+    model = MTPModel(config).double()
+    prompts = [torch.randint(VOCAB_SIZE, (n,)) for n in (5, 1, 9)]
+    expected = [row.tolist() for row in generate(model, prompts, 60, n_draft=0).tokens]
+    with mock.patch.object(decoding, "Stopwatch", functools.partial(Stopwatch, Work(model, *costs))):
+        output = generate(model, prompts, 60, n_draft="auto")
+    assert [row.tolist() for row in output.tokens] == expected
+    assert output.stats.n_drafted > 0 and output.stats.n_draft in range(4)
+
+
 def test_rounds_are_measured_once_for_a_model_and_batch_size() -> None:
     model = counting()
     work = Work(model, 1.0, 0.1, 0.1)

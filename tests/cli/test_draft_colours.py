@@ -29,10 +29,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
-def positions_of(n_new: int, eos_token: int, n_draft: int = 3) -> tuple[list[int], list[int], DecodingStats]:
+def positions_of(
+    n_new: int, eos_token: int | None = None, n_draft: int = 3
+) -> tuple[list[int], list[int], DecodingStats]:
     """Tokens and positions of heads that know what comes: 1 2 3 ... modulo 8 after 0."""
     found: list[tuple[int, int]] = []
-    writer = RoundWriter(lambda token, position: found.append((token, position)), n_new, eos_token)
+    writer = RoundWriter(
+        lambda token, position: found.append((token, position)), n_new, -1 if eos_token is None else eos_token
+    )
     stats = generate(
         counting(4),
         torch.tensor([[0]]),
@@ -61,7 +65,7 @@ def test_a_round_that_is_cut_ends_with_a_draft(accepted: int, last: list[int]) -
 
 @pytest.mark.parametrize("n_new", range(1, 11))
 def test_a_limit_of_tokens_leaves_none_out(n_new: int) -> None:
-    tokens, positions, stats = positions_of(n_new, eos_token=99)
+    tokens, positions, stats = positions_of(n_new)
     assert tokens == [(1 + i) % 8 for i in range(n_new)]
     assert positions[:-1] == [0, *[1, 2, 3, 0] * 3][: n_new - 1]
     assert stats.n_accepted >= sum(position > 0 for position in positions)
@@ -75,7 +79,7 @@ def test_an_end_of_text_keeps_its_position(eos_token: int, position: int) -> Non
 
 
 def test_without_drafts_every_token_is_head_1s() -> None:
-    assert positions_of(9, eos_token=99, n_draft=0)[1] == [0] * 9
+    assert positions_of(9, n_draft=0)[1] == [0] * 9
 
 
 def test_painter_colours_drafts_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FOLLOWED = 3  # ended because another process failed first, which says why
 
 
 def explain(error: Exception) -> str:

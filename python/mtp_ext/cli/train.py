@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from typing import Annotated, TextIO, cast
 import tyro
 from rich.console import Console
 
+from mtp_ext.cli.errors import FOLLOWED
+from mtp_ext.cli.launch import launch
+from mtp_ext.distributed.ranks import Ranks, joined_ranks
 from mtp_ext.train.checkpoint.directory import Checkpoint
 from mtp_ext.train.checkpoint.resume import check_same_run, find_checkpoint
 from mtp_ext.train.config import DEFAULT_MAX_SECONDS, TrainConfig
@@ -36,19 +40,51 @@ class TrainCommand:
     """A TOML file of these options, such as the config.toml that every run writes."""
     resume: str | None = None
     """Continue a run: its directory, one of its checkpoints, or "auto", the newest run (a new one if there is none)."""
+    nproc: int = 1
+    """Number of processes on this machine that train together. Under torchrun, leave it out."""
     run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.nproc < 1:
+            raise ValueError(f"nproc must be at least 1, got {self.nproc}")
 
 
 def run(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    config, checkpoint = parse(arguments)
+    n_processes = _n_processes(arguments)
+    if n_processes > 1 and "RANK" not in os.environ:
+        parse(arguments)  # its errors and --help come from this process, once
+        return launch(arguments, n_processes)
+    with joined_ranks() as ranks:
+        if n_processes not in (1, ranks.size):
+            raise ValueError(f"nproc must be left out under torchrun, which started {ranks.size}, got {n_processes}")
+        try:
+            return _run(arguments, ranks)
+        except BaseException:
+            if ranks.fails_first():
+                raise
+            raise SystemExit(FOLLOWED) from None
+
+
+def _run(arguments: Sequence[str], ranks: Ranks) -> int:
+    """Trains with the other processes, which do as the main one's arguments say."""
+    config, checkpoint = ranks.from_main(lambda: parse(arguments))
     console = Console(file=cast(TextIO, LastingStream(sys.stdout)))
     if checkpoint is not None:
         for change in check_same_run(read_config(checkpoint.path), config):
-            console.print(f"changed on resuming: {change}", highlight=False, markup=False, soft_wrap=True)
-    outcome = train(config, checkpoint, console)
+            if ranks.is_main:
+                console.print(f"changed on resuming: {change}", highlight=False, markup=False, soft_wrap=True)
+    outcome = train(config, checkpoint, console, ranks)
     received = outcome.ending.received
     return 0 if received is None else 128 + received
+
+
+def _n_processes(arguments: Sequence[str]) -> int:
+    """Returns ``--nproc``; 1 where it is no such number, which :func:`parse` explains."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--nproc", default="1")
+    value = first.parse_known_args(list(arguments))[0].nproc
+    return int(value) if value.isdecimal() else 1
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Checkpoint | None]:
@@ -72,7 +108,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, Checkpoint | None]:
     layers = [saved]
     if early.config is not None:
         layers.append(read_toml(early.config, _without_limits(saved)))
-    defaults = TrainCommand(early.config, early.resume, _without_limits(layers[-1]))
+    defaults = TrainCommand(early.config, early.resume, run=_without_limits(layers[-1]))
     command = tyro.cli(TrainCommand, default=defaults, args=list(arguments), prog="mtp train")
     layers.append(command.run)
     return _with_limits(command.run, layers), checkpoint

@@ -19,11 +19,14 @@ class StopRequest:
     A further SIGHUP is ignored, because kernel and shell both send one when a terminal closes. A process that ignores
     SIGHUP (nohup) keeps ignoring it.
 
+    Args:
+        announce: Whether to say on standard error what happens next.
     Attributes:
         received: The signal that requested the stop, or ``None``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, announce: bool = True) -> None:
+        self._announce = announce
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -47,6 +50,8 @@ class StopRequest:
             return
         self.received = signal.Signals(number)
         self._restore(*(n for n in self._previous if n != HANGUP))
+        if not self._announce:
+            return
         message = f"\n{self.received.name}: finishing this step and writing a checkpoint (once more to quit at once)\n"
         with suppress(OSError):  # the terminal may be gone
             os.write(2, message.encode())  # print is not reentrant: the signal may have interrupted one

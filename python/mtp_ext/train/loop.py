@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from mtp_ext.train.checkpoint.directory import CheckpointWriteError, list_checkpoints
@@ -46,7 +48,7 @@ class Loop:
             TrainingFailedError: The loss or the gradient is not finite, or anything else failed.
             KeyboardInterrupt: As raised, with the checkpoint to continue from in its message.
         """
-        with StopRequest() as stop:
+        with StopRequest(announce=self.trainer.ranks.is_main) as stop:
             try:
                 self._train(stop)
             except TrainingFailedError:
@@ -65,20 +67,27 @@ class Loop:
     def _train(self, stop: StopRequest) -> None:
         """Steps until a limit or a signal, then writes the last record and checkpoint."""
         trainer = self.trainer
-        while stop.received is None and trainer.fraction < 1.0:
+        while not self._is_stopped(stop) and trainer.fraction < 1.0:
             self._step()
             loss = self._validate()
-            if self._checkpoint_is_due(loss):
+            if trainer.ranks.from_main(partial(self._checkpoint_is_due, loss)):
                 trainer.save(loss)
                 self._last_save = time.perf_counter()
             self._progress.seconds = self._seconds()
         self._write_record()
         trainer.save()
 
+    def _is_stopped(self, stop: StopRequest) -> bool:
+        """Returns True if any process received a signal, which then counts as received by all."""
+        if number := self.trainer.ranks.maximum(stop.received or 0):
+            stop.received = signal.Signals(number)
+        return number > 0
+
     def _rescue(self, error: BaseException) -> str:
         """Writes a checkpoint of the last complete step if the state in memory allows it; returns where to continue."""
         trainer = self.trainer
-        writable = trainer.is_consistent and not isinstance(error, CheckpointWriteError)
+        alone = trainer.ranks.size == 1  # a shard cannot be written where another process may be gone
+        writable = alone and trainer.is_consistent and not isinstance(error, CheckpointWriteError)
         if writable and self._progress.step > self._first_step:
             with suppress(Exception):  # the first error is the one to report
                 self._write_record()
@@ -94,8 +103,8 @@ class Loop:
         return f"the last good checkpoint is {good[-1].path}; continue with: mtp train --resume {good[-1].path}"
 
     def _seconds(self) -> float:
-        """Seconds of training, including earlier parts of a resumed run."""
-        return self._seconds_before + time.perf_counter() - self._start
+        """Seconds of training, including earlier parts of a resumed run; the main process's clock counts for all."""
+        return self.trainer.ranks.from_main(lambda: self._seconds_before + time.perf_counter() - self._start)
 
     def _step(self) -> None:
         """Takes a step, records it if due, and shows it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -72,14 +72,18 @@ class HeadTotals:
             value = getattr(result, name).detach().double()
             parts.append(value * (counts if value.dim() else counts[-1]))
 
-    def metrics(self) -> HeadMetrics:
-        """Returns the means over all batches so far."""
-        counts = torch.stack(self._counts).sum(0).cpu()
+    def metrics(self, over_ranks: Callable[[Tensor], Tensor] = lambda x: x) -> HeadMetrics:
+        """Returns the means over all batches so far.
+
+        Args:
+            over_ranks: Sums a CPU tensor over processes that each added their own batches.
+        """
+        counts = over_ranks(torch.stack(self._counts).sum(0).cpu())
         weights = self._weights or [1.0] * len(counts)
         ran = torch.tensor([not self._skips_zeros or weight != 0 for weight in weights])
         means: dict[str, Any] = {}
         for name, parts in self._sums.items():
-            total = torch.stack(parts).sum(0).cpu()
+            total = over_ranks(torch.stack(parts).sum(0).cpu())
             means[name] = _means(total, counts * ran if total.dim() else counts[-1])
         loss = sum((loss or 0.0) * weight for loss, weight in zip(means["head_loss"], weights, strict=True))
         return HeadMetrics(loss=loss, n_valid=[int(c) for c in counts.tolist()], **means)

@@ -2,6 +2,7 @@
 
 `torch.optim.Muon` always iterates in bfloat16, which takes about 25 times as long as float32 on a CPU without native
 bfloat16 (docs/guide/train.md). This implementation iterates in float32 on the CPU, and batches matrices of equal shape.
+Sharded matrices are gathered, and orthogonalised in every process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mtp_ext.distributed.whole_state import shard_like, whole_state
 
 # The quintic of the reference implementation, steepest at zero: five iterations bring every singular value near 1 (into
 # about [0.7, 1.2]).
@@ -86,6 +89,7 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov: the momentum after one more step
         rows, cols = params[0].shape
         dtype = torch.bfloat16 if params[0].is_cuda else params[0].dtype
-        updates = orthogonalize(torch.stack(tuple(ahead)), dtype)
+        updates = orthogonalize(torch.stack([whole_state(matrix) for matrix in ahead]), dtype)
+        placed = [shard_like(update, p) for update, p in zip(updates.unbind(), params, strict=True)]
         torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(updates.unbind()), alpha=-group["lr"] * math.sqrt(max(1.0, rows / cols)))
+        torch._foreach_add_(params, placed, alpha=-group["lr"] * math.sqrt(max(1.0, rows / cols)))

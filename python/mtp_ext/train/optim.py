@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtp_ext.distributed.clip import clip_grad_norm_
+from mtp_ext.distributed.whole_state import shard_like, whole_state
 from mtp_ext.train.config import OptimConfig
 from mtp_ext.train.muon import Muon
 
@@ -49,7 +51,7 @@ class Optimizers:
     def clip_gradients(self) -> Tensor:
         """Clips the norm of the whole gradient; returns the norm before clipping, 0-d."""
         limit = self._clip_norm if self._clip_norm > 0 else math.inf
-        return nn.utils.clip_grad_norm_(self._parameters, limit)
+        return clip_grad_norm_(self._parameters, limit)
 
     def step(self, factor: float) -> None:
         """Updates at ``factor`` times the peak learning rates, then frees the gradients."""
@@ -65,16 +67,30 @@ class Optimizers:
         return [x for o in self._optimizers for state in o.state.values() for x in state.values()]
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Returns the state of every optimiser."""
-        return [optimizer.state_dict() for optimizer in self._optimizers]
+        """Returns the state of every optimiser, whole where parameters are sharded; all processes call it together."""
+        return [whole_state(optimizer.state_dict()) for optimizer in self._optimizers]
 
     def load_state_dict(self, states: list[Mapping[str, Any]]) -> None:
         """Restores the moments from ``states``; learning rates and decay stay those of the configuration."""
         for optimizer, state in zip(self._optimizers, states, strict=True):
             own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-            optimizer.load_state_dict(dict(state))
+            optimizer.load_state_dict(_sharded(state, optimizer))
             for group, settings in zip(optimizer.param_groups, own, strict=True):
                 group.update(settings)
+
+
+def _sharded(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Returns an optimiser's whole state with the tensors of a parameter's shape placed as the parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    values = {
+        i: {k: shard_like(v, parameters[i]) if _has_shape(v, parameters[i]) else v for k, v in of_parameter.items()}
+        for i, of_parameter in state["state"].items()
+    }
+    return {**state, "state": values}
+
+
+def _has_shape(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def _sort_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

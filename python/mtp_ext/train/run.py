@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from mtp_ext.distributed.ranks import Ranks
 from mtp_ext.generate.measure import DecodingMeasurement
 from mtp_ext.nn import MTPModel
 from mtp_ext.train.checkpoint.directory import Checkpoint, list_checkpoints
@@ -59,48 +61,68 @@ def default_cache() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "mtp_ext"
 
 
-def train(config: TrainConfig, checkpoint: Checkpoint | None, console: Console) -> Outcome:
+def train(config: TrainConfig, checkpoint: Checkpoint | None, console: Console, ranks: Ranks | None = None) -> Outcome:
     """Trains, evaluates, shows and records a run.
 
     Args:
         config: The run, with at least one limit.
         checkpoint: The checkpoint to continue from; ``None`` starts a new run.
         console: The console to print to.
+        ranks: The processes that train together; the main one writes and prints. Default this one alone.
     Raises:
         ValueError: The configuration is inconsistent or does not fit the data, the machine or the checkpoint.
         TrainingFailedError: The loss is not finite, or anything else failed; the message names the last checkpoint.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    compute = choose_compute(config.device, config.precision)
+    ranks = ranks or Ranks()
+    compute = choose_compute(_device_of(config.device, ranks), config.precision)
     if config.cache is not None:
         config = replace(config, cache=config.cache.absolute())  # recorded for a resume from another directory
-    with hold_run(config.out, checkpoint) as directory:
-        return _train(config, checkpoint, console, compute, directory)
+    if not ranks.is_main:
+        console = Console(quiet=True, force_terminal=False)
+    with hold_run(config.out, checkpoint) if ranks.is_main else nullcontext() as held:
+        directory = ranks.from_main(lambda: held)
+        assert directory is not None
+        return _train(config, checkpoint, console, compute, directory, ranks)
+
+
+def _device_of(device: str, ranks: Ranks) -> str:
+    """Returns the device option of this process: its own GPU if several processes choose one."""
+    if ranks.size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{ranks.local_rank}"
+    return device
 
 
 def _train(
-    config: TrainConfig, checkpoint: Checkpoint | None, console: Console, compute: Compute, directory: Path
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    console: Console,
+    compute: Compute,
+    directory: Path,
+    ranks: Ranks,
 ) -> Outcome:
     """Trains in a directory that is locked for the run."""
     display = Display(console)
     cache, initial = config.cache or default_cache(), None
     if config.init_from is not None and checkpoint is None:
         initial = load_initial_weights(config.init_from, config.model.longest(config.batch.seq_len))
-    if checkpoint is None:
-        dataset = prepare_data(config.data, cache)
-    else:
-        dataset = find_dataset(checkpoint, config.data, cache, REMEDY)
+    with ranks.main_first():  # the others find the tokens that it wrote
+        if checkpoint is None:
+            dataset = prepare_data(config.data, cache)
+        else:
+            dataset = find_dataset(checkpoint, config.data, cache, REMEDY)
     torch.manual_seed(config.seed)
     model = MTPModel(config.model.build(dataset.tokenizer.vocab_size, config.batch.seq_len))
     if initial is not None:
         initial.load_into(model, dataset.tokenizer)
-    trainer = Trainer(config, directory, dataset, model.to(compute.device), compute)
+    trainer = Trainer(config, directory, dataset, model.to(compute.device), compute, ranks)
     if checkpoint is not None:
         trainer.load(checkpoint)
-    write_config(config, directory)
-    (directory / summary.SUMMARY_FILE).unlink(missing_ok=True)  # of an earlier part of the run
-    display.say(_headline(dataset, model, compute.describe(), directory))
+    if ranks.is_main:
+        write_config(config, directory)
+        (directory / summary.SUMMARY_FILE).unlink(missing_ok=True)  # of an earlier part of the run
+    display.say(_headline(dataset, model, trainer.describe_devices(), directory))
     if initial is not None:
         unknown = "" if initial.tokenizer else " (no tokenizer.json beside them to compare)"
         display.say(f"weights    from {initial.origin}{unknown}")
@@ -113,15 +135,18 @@ def _train(
     if checkpoint is not None:
         display.say(f"continuing {checkpoint.path} after step {checkpoint.step}")
     resumed_step = trainer.progress.step
-    with MetricsWriter(directory, resumed_step=resumed_step, tensorboard=config.logging.tensorboard) as record:
+    recorded = directory if ranks.is_main else None
+    with MetricsWriter(recorded, resumed_step=resumed_step, tensorboard=config.logging.tensorboard) as record:
         with display:
             ending = Loop(trainer, record, display).run()
-        path = list_checkpoints(trainer.checkpoints)[-1].path
+        path = ranks.from_main(lambda: list_checkpoints(trainer.checkpoints)[-1].path)
         try:
             evaluation = None if ending.received else _validate(trainer, record, display)
-            decoding = [] if ending.received else _decode(trainer, display)
+            whole = trainer.model if ending.received else trainer.whole_model()
+            decoding = [] if ending.received or not ranks.is_main else _decode(trainer, whole, display)
             outcome = Outcome(directory, path, ending, evaluation, decoding)
-            _show(trainer, outcome, console)
+            if ranks.is_main:
+                _show(trainer, whole, outcome, console)
         except Exception as error:
             raise TrainingFailedError(
                 f"training ended with the checkpoint {path}, but the final report failed ({reason(error)})"
@@ -141,12 +166,12 @@ def _validate(trainer: Trainer, record: MetricsWriter, display: Display) -> Eval
     return evaluation
 
 
-def _decode(trainer: Trainer, display: Display) -> list[DecodingMeasurement]:
+def _decode(trainer: Trainer, model: MTPModel, display: Display) -> list[DecodingMeasurement]:
     """Decodes held-out text without and with drafts at the end of a run, if it shows a sample."""
     if not trainer.config.logging.sample_tokens:
         return []
     display.say("decoding held-out text without and with drafts")
-    return compare_with_drafts(trainer.model, trainer.dataset, trainer.config.batch.seq_len)
+    return compare_with_drafts(model, trainer.dataset, trainer.config.batch.seq_len)
 
 
 def _headline(dataset: Dataset, model: MTPModel, device: str, directory: Path) -> str:
@@ -166,7 +191,7 @@ def _headline(dataset: Dataset, model: MTPModel, device: str, directory: Path) -
     )
 
 
-def _show(trainer: Trainer, outcome: Outcome, console: Console) -> None:
+def _show(trainer: Trainer, model: MTPModel, outcome: Outcome, console: Console) -> None:
     """Prints the tables, the sample and the paths, and draws the plots."""
     config, ending = trainer.config, outcome.ending
     if ending.received is not None:
@@ -179,7 +204,7 @@ def _show(trainer: Trainer, outcome: Outcome, console: Console) -> None:
         )
         return
     plots = plot_run(outcome.directory) if config.logging.plots else []
-    facts = summary.run_facts(ending, trainer.progress, trainer.stream.epochs, trainer.compute.describe())
+    facts = summary.run_facts(ending, trainer.progress, trainer.stream.epochs, trainer.describe_devices())
     if outcome.evaluation is not None:
         console.print(summary.evaluation_table(outcome.evaluation))
         facts.insert(0, summary.accept_line(outcome.evaluation))
@@ -190,6 +215,6 @@ def _show(trainer: Trainer, outcome: Outcome, console: Console) -> None:
     held_out = choose_held_out(trainer.dataset) if config.logging.sample_tokens else None
     if held_out is not None:
         tokens = config.logging.sample_tokens
-        text = continue_text(trainer.model, trainer.dataset.tokenizer, held_out.prompt, tokens, config.seed)
+        text = continue_text(model, trainer.dataset.tokenizer, held_out.prompt, tokens, config.seed)
         console.print(summary.sample_panel(held_out, text))
     summary.print_paths(console, outcome.checkpoint, plots, outcome.directory)

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from mtp_ext.distributed.fully_shard import fully_shard_
+from mtp_ext.distributed.ranks import Ranks
+from mtp_ext.distributed.whole_state import shard_like, whole_state
 from mtp_ext.nn import MTPModel
 from mtp_ext.train.checkpoint.directory import (
     Checkpoint,
@@ -37,18 +40,37 @@ class Trainer:
         dataset: The tokenised corpus.
         model: The model, on its device.
         compute: Device and precision.
+        ranks: The processes that train together, over which the model is then sharded; default this one alone.
     """
 
     def __init__(
-        self, config: TrainConfig, directory: Path, dataset: Dataset, model: MTPModel, compute: Compute
+        self,
+        config: TrainConfig,
+        directory: Path,
+        dataset: Dataset,
+        model: MTPModel,
+        compute: Compute,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.config, self.dataset, self.model, self.compute = config, dataset, model, compute
         self.checkpoints = directory / CHECKPOINTS
-        self.optimizers = Optimizers(model, config.optim)
         batch = config.batch
         self.stream = TrainingStream(
-            dataset, "train", batch.seq_len, model.config.n_future, batch.batch_size, config.seed
+            dataset,
+            "train",
+            batch.seq_len,
+            model.config.n_future,
+            batch.batch_size,
+            config.seed,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
         )
+        if self.ranks.size > 1:
+            from torch.distributed.device_mesh import init_device_mesh
+
+            fully_shard_(model, init_device_mesh(compute.device.type, (self.ranks.size,)))
+        self.optimizers = Optimizers(model, config.optim)
         self.progress = Progress()
         self._steps_before = 0  # of earlier parts of the run
         self._boundary: dict[str, Any] | None = None  # state before the current step; None between steps
@@ -64,7 +86,10 @@ class Trainer:
         """
         state = load_training_state(checkpoint)
         self.stream.load_state_dict(state["stream"])
-        self.model.load_state_dict(load_model_state(checkpoint))
+        own = self.model.state_dict()
+        # An unexpected name has nothing to be like; `load_state_dict` names it.
+        whole = load_model_state(checkpoint)
+        self.model.load_state_dict({name: shard_like(value, own.get(name)) for name, value in whole.items()})
         self.optimizers.load_state_dict(state["optimizers"])
         self.progress = Progress(**state["progress"])
         self._steps_before = self.progress.step - self.optimizers.updates
@@ -74,8 +99,10 @@ class Trainer:
         if self.compute.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.compute.device)
 
-    def save(self, validation_loss: float | None = None) -> Checkpoint:
+    def save(self, validation_loss: float | None = None) -> None:
         """Writes a checkpoint of the last complete step and deletes those that are no longer kept.
+
+        All processes call it together, and the main one writes. What it writes does not depend on their number.
 
         Raises:
             CheckpointWriteError: It cannot be written; earlier checkpoints are kept.
@@ -85,17 +112,19 @@ class Trainer:
             "progress": self.progress.state_dict(),
             **(self._boundary or self._order_state()),
         }
-        checkpoint = write_checkpoint(
+        model = whole_state(self.model.state_dict())
+        if not self.ranks.is_main:
+            return
+        write_checkpoint(
             self.checkpoints,
             self.progress.step,
-            self.model.state_dict(),
+            model,
             state,
             validation_loss=validation_loss,
             write_extra=lambda path: write_description(path, self.config, self.model.config, self.dataset),
         )
         settings = self.config.checkpoint
         prune_checkpoints(self.checkpoints, settings.keep_last, keep_best=settings.keep_best)
-        return checkpoint
 
     @property
     def is_consistent(self) -> bool:
@@ -127,6 +156,20 @@ class Trainer:
             head_weights=self.loss_weights.base,
         )
 
+    def describe_devices(self) -> str:
+        """Describes the device and precision of a process, and how many there are, for display."""
+        several = f", in each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
+        return f"{self.compute.describe()}{several}"
+
+    def whole_model(self) -> MTPModel:
+        """Returns the model in one piece; all processes call it together, and hold it as a whole."""
+        if self.ranks.size == 1:
+            return self.model
+        state = whole_state(self.model.state_dict())
+        model = MTPModel(self.model.config).to(self.compute.device)
+        model.load_state_dict(state)
+        return model
+
     def position(self) -> dict[str, float]:
         """Returns tokens, epochs of the training split and seconds of training, for the record."""
         return {"tokens": self.progress.tokens, "epochs": self.stream.epochs, "seconds": self.progress.seconds}
@@ -155,8 +198,8 @@ class Trainer:
         )
         weights = self.loss_weights.advance(fraction)
         order = config.loss.schedule
-        result = train_step(self.model, self.optimizers, batches, self.compute, order, factor, weights)
-        self.progress.tokens += sum(batch.n_tokens for batch in batches)
+        result = train_step(self.model, self.optimizers, batches, self.compute, order, factor, weights, self.ranks)
+        self.progress.tokens += int(self.ranks.sum(torch.tensor(sum(batch.n_tokens for batch in batches))))
         self._boundary = None
         self.progress.step += 1  # last: `is_consistent` compares it with the updates
         return result

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from mtp_ext.train.metrics import finite
 
@@ -33,21 +33,24 @@ class MetricsWriter:
     Resuming first drops the records after ``resumed_step``, because the run repeats those steps.
 
     Args:
-        directory: The run's directory.
+        directory: The run's directory; None records nothing, in a process that is not the main one.
         resumed_step: The step that the run continues from; 0 for a new run.
         tensorboard: Whether to write event files to `<directory>/tensorboard`.
     Raises:
         ValueError: TensorBoard cannot write to the directory's path.
     """
 
-    def __init__(self, directory: Path, *, resumed_step: int = 0, tensorboard: bool = True) -> None:
+    def __init__(self, directory: Path | None, *, resumed_step: int = 0, tensorboard: bool = True) -> None:
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if directory is None:
+            return
         path = directory / METRICS_FILE
         kept = [record for record in read_metrics(path) if record["step"] <= resumed_step]
         replacement = path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(replacement, path)
         self._file = path.open("a", encoding="utf-8", buffering=1)  # line-buffered: a kill loses at most one record
-        self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -61,6 +64,8 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Appends a record."""
+        if self._file is None:
+            return
         record = finite({"kind": kind, "step": step, **values})
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         if self._board is None:
@@ -71,7 +76,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes both."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -36,7 +36,7 @@ pytestmark = [
 FROM_THE_CLOCK = ("seconds", "tokens_per_second", "memory_bytes")
 
 
-def config_of(root: Path, name: str) -> TrainConfig:
+def config_of(root: Path, name: str, variant: str, tied: bool) -> TrainConfig:
     """Eight steps of six rows: accumulation, clipping that bites, validations, a head that joins halfway."""
     config = tiny_config(
         root,
@@ -46,7 +46,9 @@ def config_of(root: Path, name: str) -> TrainConfig:
         evaluation=EvaluationConfig(every_steps=3, batches=2),
         checkpoint=CheckpointConfig(every_seconds=0, every_steps=3, keep_last=10),
     )
-    return dataclasses.replace(config, batch=dataclasses.replace(config.batch, batch_size=6))
+    batch = dataclasses.replace(config.batch, batch_size=6)
+    model = dataclasses.replace(config.model, variant=variant, tie_embeddings=tied)
+    return dataclasses.replace(config, batch=batch, model=model)
 
 
 def join(rank: int, world: int, port: int) -> None:
@@ -108,10 +110,18 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_any_number_of_processes_is_one_run(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "variant", "tied"),
+    [
+        ("adamw", "parallel", False),
+        ("muon", "sequential_modules", True),
+        ("muon", "replicated", True),
+        ("adamw", "shared", True),
+    ],
+)
+def test_any_number_of_processes_is_one_run(tmp_path: Path, name: str, variant: str, tied: bool) -> None:
     """Also a run that two processes begin, three continue after step 3, and one after step 6."""
-    config = config_of(tmp_path, name)
+    config = config_of(tmp_path, name, variant, tied)
     alone, parts = (dataclasses.replace(config, out=tmp_path / name) for name in ("alone", "parts"))
     run_ranks(train_rank, 1, alone)
     for world, step in ((2, 3), (3, 6), (1, 8)):

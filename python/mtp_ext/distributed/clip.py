@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from mtp_ext.distributed.whole_state import whole
 from mtp_ext.ops.common.runtime import is_dtensor
 
 
@@ -38,7 +39,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     by_mesh: dict[Any, list[Any]] = {}
     for grad in grads:
         by_mesh.setdefault(grad.device_mesh if is_dtensor(grad) else None, []).append(grad)
-    norms = [_whole(get_total_norm(of_mesh)).to(grads[0].device) for of_mesh in by_mesh.values()]
+    norms = [whole(get_total_norm(of_mesh)).to(grads[0].device) for of_mesh in by_mesh.values()]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grads_with_norm_
     by_device: dict[torch.device, list[Tensor]] = {}
@@ -47,8 +48,3 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     for device, of_device in by_device.items():
         torch._foreach_mul_(of_device, factor.to(device, non_blocking=True))
     return norm
-
-
-def _whole(norm: Any) -> Tensor:
-    whole: Tensor = norm.full_tensor() if is_dtensor(norm) else norm
-    return whole

@@ -9,10 +9,16 @@ from torch import Tensor
 from mtp_ext.ops.common.runtime import is_dtensor
 
 
-def whole_state(state: Any) -> Any:
-    """Returns a state dict with the whole tensor in place of every DTensor.
+def whole(x: Any) -> Tensor:
+    """Returns the whole of a DTensor, in every process that holds a part; a plain tensor as it is."""
+    tensor: Tensor = x.full_tensor() if is_dtensor(x) else x
+    return tensor
 
-    All processes call it together, because each sends its shards.
+
+def whole_state(state: Any) -> Any:
+    """Returns a state dict with the whole tensor, on the CPU, in place of every DTensor.
+
+    All processes call it together, because each sends its shards. A GPU holds one whole tensor at a time.
 
     Args:
         state: Nested dicts and lists of tensors and other values, such as an optimizer's ``state_dict()``.
@@ -21,7 +27,7 @@ def whole_state(state: Any) -> Any:
         return {key: whole_state(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
         return type(state)(whole_state(value) for value in state)
-    return state.full_tensor() if is_dtensor(state) else state
+    return whole(state).cpu() if is_dtensor(state) else state
 
 
 def shard_like(value: Tensor, like: Any) -> Tensor:

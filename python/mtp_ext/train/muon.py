@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_ext.distributed.whole_state import shard_like, whole_state
+from mtp_ext.distributed.whole_state import shard_like, whole
 
 # The quintic of the reference implementation, steepest at zero: five iterations bring every singular value near 1 (into
 # about [0.7, 1.2]).
@@ -89,7 +89,7 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov: the momentum after one more step
         rows, cols = params[0].shape
         dtype = torch.bfloat16 if params[0].is_cuda else params[0].dtype
-        updates = orthogonalize(torch.stack([whole_state(matrix) for matrix in ahead]), dtype)
+        updates = orthogonalize(torch.stack([whole(matrix) for matrix in ahead]), dtype)
         placed = [shard_like(update, p) for update, p in zip(updates.unbind(), params, strict=True)]
         torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, placed, alpha=-group["lr"] * math.sqrt(max(1.0, rows / cols)))

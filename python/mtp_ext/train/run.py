@@ -88,8 +88,9 @@ def train(config: TrainConfig, checkpoint: Checkpoint | None, console: Console, 
 
 
 def _device_of(device: str, ranks: Ranks) -> str:
-    """Returns the device option of this process: its own GPU if several processes choose one."""
+    """Returns the device option of this process; where several take GPUs, chooses and returns its own."""
     if ranks.size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)  # on which FSDP2 shards
         return f"cuda:{ranks.local_rank}"
     return device
 

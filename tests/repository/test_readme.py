@@ -102,7 +102,7 @@ def figures() -> list[str]:
     faster = {(row["N"], row["D"], row["V"]): row.get("baseline_ratio") for row in points if row["impl"] == "mtp_ext"}
     ratios = {shape: ratio for shape, ratio in faster.items() if ratio}
     at_256 = [ratio for (_, _, vocab), ratio in ratios.items() if vocab == 256]
-    _, small = results("before_after_house")
+    _, small = results("before_after_faults")
     row = next(row for row in small if row["case"].startswith("loss, N = 1,"))
     return [
         f"one row takes {row['after_ratio']:.1f} times as long as there, {row['after_ms']:.2f} ms",

@@ -80,9 +80,9 @@ def test_few_prompts_are_repeated(trained: Path, capsys: pytest.CaptureFixture[s
     assert plain["n_prompts"] == 300
 
 
-def test_heads_that_read_drafts_have_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+def test_heads_that_read_drafts_draft_too(capsys: pytest.CaptureFixture[str]) -> None:
     document = results(capsys, *SMALL, *SHORT, "--variant", "sequential_modules", "--batch-sizes", "1")
-    assert [r["n_draft"] for r in document["results"]] == [0]
+    assert [r["n_draft"] for r in document["results"]] == [0, 1, 2, 3]
 
 
 def test_a_model_of_bfloat16_is_of_bfloat16() -> None:
@@ -118,3 +118,17 @@ def test_wrong_shapes_and_long_prompts_are_one_sentence(trained: Path, capsys: p
         assert main([*SMALL, *options]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_trees_are_timed_beside_chains(capsys: pytest.CaptureFixture[str]) -> None:
+    options = (*SMALL, *SHORT, "--batch-sizes", "1", "--n-future", "3", "--trees", "2,1", "3")
+    rows = results(capsys, *options)["results"]
+    assert [(r["n_draft"], r["tree"]) for r in rows] == [(0, []), (1, []), (2, []), (2, [2, 1]), (1, [3])]
+    assert rows[-1]["time_ratio"] > 0 and rows[-1]["tokens_per_second_at"] == {}
+    assert main([*options]) == 0
+    assert "2,1" in capsys.readouterr().out
+
+
+def test_a_tree_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, *SHORT, "--trees", "2;1"]) != 0
+    assert "trees must be numbers with commas between them, such as 3,2,1, got '2;1'" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from mtp_ext.nn.cached_forward import CachedForward
 from mtp_ext.nn.schedules.head_stack import head_outputs
 from mtp_ext.nn.transformer.attention import taken
 from mtp_ext.nn.transformer.layers import Block
+from mtp_ext.nn.transformer.token_tree import TokenTree
 from mtp_ext.nn.transformer.trunk import Trunk
 from tests.support.pretend_cuda import StandIns, pretend_cuda
 
@@ -82,12 +83,12 @@ class CacheAudit:
     def on_tokens(self, row: int, tokens: list[int]) -> None:
         self.read[row] += tokens
 
-    def __call__(self, tokens: Tensor, cache: KVCache) -> Any:
+    def __call__(self, tokens: Tensor, cache: KVCache, tree: TokenTree | None = None) -> Any:
         for row, read in enumerate(self.read):
             if cache.max_length and len(read) < self.wanted[row]:
                 self.compare(row, torch.tensor([read]), cache)
                 self.n_compared += 1
-        return self.context(tokens, cache)
+        return self.context(tokens, cache, tree)
 
     def compare(self, row: int, read: Tensor, cache: KVCache) -> None:
         """All heads that keep something have read all tokens but the last."""

@@ -55,6 +55,8 @@ class DecodeBench:
     """Tokens to add to each."""
     repetitions: int = 3
     """Batches of each size that each number of drafts decodes."""
+    trees: tuple[str, ...] = ()
+    """Trees of drafts to time as well, such as 3,2,1: numbers of drafts by position."""
     acceptance: tuple[float, ...] | None = None
     """Probabilities that a draft is accepted after those before it, for which to compute tokens per second (default:
     0.6 0.8 1.0; none for a checkpoint, which has its own)."""
@@ -92,7 +94,7 @@ class DecodeBench:
             self.out.mkdir(parents=True, exist_ok=True)
         compute = choose_compute(self.device, "float32")
         model, prompts = self._model_and_prompts(compute.device)
-        n_drafts = range(1 if model.heads.reads_tokens else model.config.n_future)
+        n_drafts = [*range(model.config.n_future), *map(parsed_tree, self.trees)]
         rows: list[dict[str, Any]] = []
         for batch_size in self.batch_sizes:
             filled = list(islice(cycle(prompts), batch_size * self.repetitions))
@@ -108,7 +110,8 @@ class DecodeBench:
         text = json.dumps(finite(document), indent=None if self.out is None else 2)
         if self.out is not None:
             (self.out / "decode.json").write_text(text + "\n", encoding="utf-8")
-            shares = {f"batch {b}": [r["speed_per_token"] for r in rows if r["batch"] == b] for b in self.batch_sizes}
+            chains = [row for row in rows if not row["tree"]]
+            shares = {f"batch {b}": [r["speed_per_token"] for r in chains if r["batch"] == b] for b in self.batch_sizes}
             plot_round_cost(shares, self.out / "decode.png")
         if self.json:
             print(text)
@@ -135,7 +138,8 @@ class DecodeBench:
     def _row(self, batch_size: int, measured: DecodingMeasurement, plain: DecodingMeasurement) -> dict[str, Any]:
         """Makes the record of one number of drafts."""
         seconds = measured.seconds_per_round
-        expected = {a: sum(a**i for i in range(1 + measured.n_draft)) for a in self._chances}
+        chances = () if measured.tree else self._chances  # of a tree's alternatives nothing is assumed
+        expected = {a: sum(a**i for i in range(1 + measured.n_draft)) for a in chances}
         return {
             "batch": batch_size,
             **measured.as_dict(),
@@ -155,7 +159,8 @@ class DecodeBench:
         for heading in ("batch", "drafts", "ms per\nround", "time\nratio", "speed /\ntok/fwd", *own, *at):
             table.add_column(heading, justify="right")
         for row in rows:
-            cells = [f"{row['batch']}", f"{row['n_draft']}", shown(1e3 * row["seconds_per_round"], ".2f")]
+            drafts = ",".join(map(str, row["tree"])) or f"{row['n_draft']}"
+            cells = [f"{row['batch']}", drafts, shown(1e3 * row["seconds_per_round"], ".2f")]
             cells += [shown(row["time_ratio"], ".2f"), shown(row["speed_per_token"], ".2f")]
             if own:
                 cells += [
@@ -164,3 +169,11 @@ class DecodeBench:
                 ]
             table.add_row(*cells, *(f"{speed:,.0f}" for speed in row["tokens_per_second_at"].values()))
         return table
+
+
+def parsed_tree(text: str) -> tuple[int, ...]:
+    """Reads a tree of drafts, such as "3,2,1"."""
+    try:
+        return tuple(int(count) for count in text.split(","))
+    except ValueError:
+        raise ValueError(f"trees must be numbers with commas between them, such as 3,2,1, got {text!r}") from None

@@ -44,6 +44,8 @@ class GenerateCommand:
     n_draft: NDraft = None
     """Tokens that heads 2 to n draft in each round, for head 1 to verify: the text is as likely as without, in fewer
     forwards. 0: one token at a time; auto: where drafts pay. Default: every head drafts."""
+    tree: tuple[int, ...] | None = None
+    """Draft a tree: numbers of drafts by position, such as 3 2 1."""
     temperature: float = 0.7
     """0 always takes the most likely token; higher values sample more freely."""
     top_k: int | None = None
@@ -84,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
 
     rounds = RoundWriter(write_token, max_new_tokens, eos_token)
     options: dict[str, Any] = {
-        **{name: getattr(command, name) for name in ("n_draft", "temperature", "top_k", "top_p")},
+        **{name: getattr(command, name) for name in ("n_draft", "tree", "temperature", "top_k", "top_p")},
         "eos_token": eos_token,
         "generator": torch.Generator(compute.device).manual_seed(command.seed),
         "on_tokens": on_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_ext.generate.sampling import draw
@@ -79,6 +80,18 @@ def accept_likely(p: Tensor, drafts: Drafts, generator: torch.Generator | None) 
     # p is whole without a rejection, and where p and q differ by rounding alone, so that nothing is left.
     whole = (n_accepted == n_drafts)[:, None] | (left.sum(-1, keepdim=True) == 0)
     return Verdict(n_accepted, draw(after.where(whole, left), generator))
+
+
+def emitted(drafts: Tensor, verdict: Verdict) -> list[list[int]]:
+    """Reads each row's accepted drafts and the token after them to the host: the only wait of a round.
+
+    Args:
+        drafts: ``[B, m]``, of which the first ``verdict.n_accepted`` are accepted.
+        verdict: The decision.
+    """
+    at = verdict.n_accepted[:, None]
+    tokens = F.pad(drafts, (0, 1)).scatter(1, at, verdict.token[:, None])
+    return [row[1 : row[0] + 2] for row in torch.cat([at, tokens], dim=1).tolist()]
 
 
 def _leading(accepted: Tensor) -> Tensor:

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_ext.generate.acceptance import Drafts, Verdict
+from mtp_ext.generate.acceptance import Drafts, emitted
 from mtp_ext.generate.auto_draft import AutoDraft, seconds_per_round
 from mtp_ext.generate.round import Round
 from mtp_ext.generate.rows import OnTokens, Rows
 from mtp_ext.generate.sampling import Sampling
 from mtp_ext.generate.stats import DecodingStats
 from mtp_ext.generate.stopwatch import Stopwatch
+from mtp_ext.generate.tree_decoding import TreeRound, checked_tree, decode_with_tree
 from mtp_ext.nn.multi_token_model import MultiTokenModel
 from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.ops.common.checks import INDEX_DTYPES, check_int, check_tensor, checked_items, describe
@@ -45,6 +45,7 @@ def generate(
     *,
     n_draft: int | str | None = None,
     draft: str = "greedy",
+    tree: Sequence[int] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -69,6 +70,9 @@ def generate(
             by what is accepted; which is said by ``stats.n_draft`` and a log record of level INFO.
         draft: How drafts are proposed at a ``temperature`` above 0: "greedy", each head's most likely token, accepted
             with its probability, or "sample", drawn from the head's distribution.
+        tree: Numbers of drafts by position, such as ``(3, 2, 1)``: the 3 most likely tokens of head 2, after each of
+            them the 2 of head 3, and so on; at most 64 tokens are read in a round. More of them are accepted, and a
+            round takes longer. Default: one at each position.
         temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is sampled.
         top_k: Sample from the ``k`` most likely tokens.
         top_p: Sample from the smallest set of most likely tokens whose probabilities sum to at least ``p``.
@@ -83,17 +87,21 @@ def generate(
     model.check_decoding()
     prompts = _checked_prompts(model, prompt)
     _check_room(model, prompts, max_new_tokens)
-    most = _checked_n_draft(model, n_draft)
     if draft not in DRAFTS:
         raise ValueError(f"draft must be one of {', '.join(DRAFTS)}, got {draft!r}")
+    of_tree = checked_tree(model, tree, n_draft, draft)
+    most = _checked_n_draft(model, n_draft) if of_tree is None else len(of_tree.branches)
     sampling = Sampling(temperature, top_k, top_p)
     _check_ends(model, eos_token, generator, on_tokens)
     rows = Rows(len(prompts), most, max_new_tokens, eos_token, on_tokens)
     watch, device = Stopwatch(), prompts[0].device
     if max_new_tokens > 0:
         draws_drafts = draft == "sample" and temperature > 0
-        round_ = Round(model, sampling, most, draws_drafts, generator, watch)
-        most = _decode(round_, prompts, rows, chooses=n_draft == "auto")
+        if of_tree is None:
+            round_ = Round(model, sampling, most, draws_drafts, generator, watch)
+            most = _decode(round_, prompts, rows, chooses=n_draft == "auto")
+        else:
+            decode_with_tree(TreeRound(model, sampling, most, False, generator, watch, tree=of_tree), prompts, rows)
     stats = replace(rows.stats, n_draft=most, seconds=watch.seconds if device.type == "cpu" else {})
     return GenerationOutput([torch.tensor(row.tokens, dtype=torch.int64, device=device) for row in rows.rows], stats)
 
@@ -110,7 +118,7 @@ def _decode(round_: Round, prompts: list[Tensor], rows: Rows, *, chooses: bool) 
     first, drafts = torch.tensor(decided, device=tokens.device) - 1, Drafts(tokens[:, :0])
     while True:
         verdict, following = round_.run(tokens, first, drafts, cache)
-        new = _emitted(drafts, verdict)
+        new = emitted(drafts.tokens, verdict)
         if auto is not None:
             auto.add([len(new[i]) - 1 for i in rows.running], drafts.tokens.shape[1])
         rows.add(new, drafts.tokens.shape[1])
@@ -130,13 +138,6 @@ def _decode(round_: Round, prompts: list[Tensor], rows: Rows, *, chooses: bool) 
             round_ = replace(round_, n_draft=auto.n_draft)
             drafts, tokens = drafts.first(auto.n_draft), tokens[:, : auto.n_draft + 1]
         decided, first = [1] * len(prompts), torch.zeros_like(first)
-
-
-def _emitted(drafts: Drafts, verdict: Verdict) -> list[list[int]]:
-    """Reads each row's accepted drafts and the token after them to the host: the only wait of a round."""
-    at = verdict.n_accepted[:, None]
-    tokens = F.pad(drafts.tokens, (0, 1)).scatter(1, at, verdict.token[:, None])
-    return [row[1 : row[0] + 2] for row in torch.cat([at, tokens], dim=1).tolist()]
 
 
 def _checked_prompts(model: MultiTokenModel, prompt: Tensor | Sequence[Tensor]) -> list[Tensor]:

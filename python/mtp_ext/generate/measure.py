@@ -20,6 +20,9 @@ CONFIDENCE, RESAMPLES = 0.95, 2000
 INTERVAL = f"{CONFIDENCE:.0%}, percentile bootstrap over prompts, {RESAMPLES} resamples"
 WARM_UP_TOKENS = 4
 
+Drafting = int | str | tuple[int, ...] | None
+"""``n_draft``, or ``tree`` where it is a tuple."""
+
 
 class Estimate(NamedTuple):
     """A ratio, and its confidence interval (`INTERVAL`); NaN where nothing was counted, and at one prompt's limits."""
@@ -74,11 +77,13 @@ class DecodingMeasurement:
         rows: Counts of each prompt.
         texts: New tokens of each prompt.
         round_seconds: Seconds of each forward of a batch, after that of its prompts.
+        tree: Numbers of drafts by position; empty for one at each.
     """
 
     rows: list[DecodingStats] = field(default_factory=list)
     texts: list[list[int]] = field(default_factory=list)
     round_seconds: list[float] = field(default_factory=list)
+    tree: tuple[int, ...] = ()
 
     def add(self, output: GenerationOutput, round_seconds: Sequence[float]) -> None:
         """Adds a batch."""
@@ -133,6 +138,7 @@ class DecodingMeasurement:
         """Returns the numbers as a record."""
         return {
             "n_draft": self.n_draft,
+            "tree": list(self.tree),
             "n_prompts": len(self.rows),
             "n_tokens": sum(row.n_tokens for row in self.rows),
             "n_rounds": sum(sum(row.histogram) for row in self.rows),
@@ -149,7 +155,7 @@ def measure_decoding(
     model: MultiTokenModel,
     prompts: Tensor | Sequence[Tensor],
     max_new_tokens: int,
-    n_drafts: Sequence[int | str | None],
+    n_drafts: Sequence[Drafting],
     *,
     batch_size: int = 1,
     seconds: float = float("inf"),
@@ -162,7 +168,7 @@ def measure_decoding(
         model: The model, on its device; its training mode is restored.
         prompts: ``P`` 1-d tensors of token ids, or ``[P, S]``.
         max_new_tokens: Maximum number of tokens to add to each.
-        n_drafts: Numbers of drafts, as :func:`mtp_ext.generate.generate` takes them.
+        n_drafts: Numbers of drafts, as :func:`mtp_ext.generate.generate` takes them; a tuple is a ``tree``.
         batch_size: Prompts per batch; those that do not fill the last batch are one of their own.
         seconds: Begins no further batch after this time; the first is always decoded.
         seed: Seed of the first batch's random numbers.
@@ -177,20 +183,24 @@ def measure_decoding(
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     for n_draft in n_drafts:
-        generate(model, prompts[:1], min(WARM_UP_TOKENS, max_new_tokens), **{"n_draft": n_draft, **options})
-    found = [DecodingMeasurement() for _ in n_drafts]
+        generate(model, prompts[:1], min(WARM_UP_TOKENS, max_new_tokens), **_drafting(n_draft), **options)
+    found = [DecodingMeasurement(tree=n_draft if isinstance(n_draft, tuple) else ()) for n_draft in n_drafts]
     started = time.perf_counter()
     for first in range(0, len(prompts), batch_size):
         if first and time.perf_counter() - started > seconds:
             break
         for n_draft, measurement in zip(n_drafts, found, strict=True):
             clock, generator = RoundClock(), torch.Generator(device).manual_seed(seed + first)
-            given: dict[str, Any] = {"n_draft": n_draft, "generator": generator, "on_tokens": clock, **options}
+            given: dict[str, Any] = {**_drafting(n_draft), "generator": generator, "on_tokens": clock, **options}
             measurement.add(
                 generate(model, prompts[first : first + batch_size], max_new_tokens, **given), clock.seconds
             )
     model.train(was_training)
     return found
+
+
+def _drafting(n_draft: Drafting) -> dict[str, Any]:
+    return {"tree" if isinstance(n_draft, tuple) else "n_draft": n_draft}
 
 
 def _column(counts: Iterable[int]) -> Tensor:

@@ -12,6 +12,7 @@ from mtp_ext.nn.multi_token_model import MultiTokenModel
 from mtp_ext.nn.schedules.head_stack import head_outputs
 from mtp_ext.nn.transformer.attention import taken
 from mtp_ext.nn.transformer.kv_cache import KVCache
+from mtp_ext.nn.transformer.token_tree import TokenTree
 from mtp_ext.nn.transformer.trunk import Trunk
 
 # The layer of the cache that keeps the trunk's output and the tokens, for heads that read them.
@@ -47,11 +48,19 @@ class CachedForward:
         tokens: ``[B, S]``, the next tokens of each row, padded on the right.
         cache: Keys and values of the previous tokens; the caller advances it.
         active: All heads that will be asked for, ``1..n``.
+        tree: The form of ``tokens``, if they do not follow each other.
     """
 
-    def __init__(self, model: MultiTokenModel, tokens: Tensor, cache: KVCache, active: Collection[int]) -> None:
+    def __init__(
+        self,
+        model: MultiTokenModel,
+        tokens: Tensor,
+        cache: KVCache,
+        active: Collection[int],
+        tree: TokenTree | None = None,
+    ) -> None:
         self.model, self.heads, self.cache, self.active = model, model.heads, cache, active
-        self.context = model.cached_context(tokens, cache)
+        self.context = model.cached_context(tokens, cache, tree)
         self.hidden = model.run_trunk(tokens, None, self.context)
         self._of_chain: dict[int, Tensor] = {}
 

@@ -14,6 +14,7 @@ from mtp_ext.nn.multi_token_model import MultiTokenModel
 from mtp_ext.nn.transformer.attention import Attention
 from mtp_ext.nn.transformer.checks import check_document_ids
 from mtp_ext.nn.transformer.kv_cache import KVCache
+from mtp_ext.nn.transformer.token_tree import TokenTree
 from mtp_ext.ops.common.checks import INDEX_DTYPES, check_tensor, describe
 
 
@@ -95,6 +96,13 @@ class ComposedModel(MultiTokenModel):
                 f"key-value cache is kept by it, got {twice[0]} twice"
             )
 
-    def cached_context(self, tokens: Tensor, cache: KVCache) -> Any:
+    def cached_context(self, tokens: Tensor, cache: KVCache, tree: TokenTree | None = None) -> Any:
         make: Callable[..., Any] = self.trunk.context  # type: ignore[assignment]
-        return make(tokens, None, cache=cache)
+        if tree is None:
+            return make(tokens, None, cache=cache)
+        if "tree" not in inspect.signature(make).parameters:
+            raise TypeError(
+                "tree must be None for a trunk whose method context has no parameter tree, as that of "
+                f"{type(self.trunk).__name__}"
+            )
+        return make(tokens, None, cache=cache, tree=tree)

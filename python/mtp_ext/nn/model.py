@@ -17,6 +17,7 @@ from mtp_ext.nn.multi_token_model import MultiTokenModel
 from mtp_ext.nn.transformer.attention import AttentionContext
 from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.nn.transformer.layers import RMSNorm
+from mtp_ext.nn.transformer.token_tree import TokenTree
 from mtp_ext.nn.transformer.trunk import Trunk
 
 
@@ -131,5 +132,5 @@ class MTPModel(MultiTokenModel):
         hidden: Tensor = self.trunk(tokens, context=context)
         return hidden
 
-    def cached_context(self, tokens: Tensor, cache: KVCache) -> AttentionContext:
-        return self.trunk.context(tokens, cache=cache)
+    def cached_context(self, tokens: Tensor, cache: KVCache, tree: TokenTree | None = None) -> AttentionContext:
+        return self.trunk.context(tokens, cache=cache, tree=tree)

@@ -14,6 +14,7 @@ from mtp_ext.nn.schedules.dispatch import check_schedule
 from mtp_ext.nn.schedules.head_stack import head_outputs
 from mtp_ext.nn.schedules.targets import StepKeywords, Targets
 from mtp_ext.nn.transformer.kv_cache import KVCache
+from mtp_ext.nn.transformer.token_tree import TokenTree
 from mtp_ext.ops.common.result import MultiTokenLoss
 
 if TYPE_CHECKING:
@@ -137,8 +138,14 @@ class MultiTokenModel(nn.Module):
     def check_decoding(self) -> None:
         """Raises TypeError or ValueError if the model cannot decode with a key-value cache."""
 
-    def cached_context(self, tokens: Tensor, cache: KVCache) -> Any:
-        """Checks tokens ``[B, S]`` that follow those in ``cache`` and returns the context shared by trunk and heads."""
+    def cached_context(self, tokens: Tensor, cache: KVCache, tree: TokenTree | None = None) -> Any:
+        """Checks tokens ``[B, S]`` that follow those in ``cache`` and returns the context shared by trunk and heads.
+
+        Args:
+            tokens: One after the other, or a ``tree``.
+            cache: The tokens before.
+            tree: The form of ``tokens``.
+        """
         raise NotImplementedError
 
 

@@ -106,7 +106,7 @@ def compare_with_drafts(model: MTPModel, dataset: Dataset, seq_len: int) -> list
         Two measurements; none where there are no drafts, no held-out text or no room for a round.
     """
     heads = model.heads
-    if heads.n_heads < 2 or heads.reads_tokens or VALIDATION not in dataset.splits or seq_len < 3:
+    if heads.n_heads < 2 or VALIDATION not in dataset.splits or seq_len < 3:
         return []
     config = DecodeConfig(prompts=COMPARED_PROMPTS, batch_size=1).fitted(seq_len)
     return measure_on_split(model, dataset, VALIDATION, config, [0, None], COMPARISON_SECONDS)

@@ -12,6 +12,7 @@ from mtp_ext.nn.config import MTPConfig
 from mtp_ext.nn.transformer.kv_cache import KVCache, Slots
 from mtp_ext.nn.transformer.linear import Linear
 from mtp_ext.nn.transformer.rotary import rotate, rotation
+from mtp_ext.nn.transformer.token_tree import TokenTree
 from mtp_ext.ops.common.backend import can_read
 
 # If documents are shorter than this on average, use one masked call per row instead of one call per document: at 64
@@ -37,6 +38,7 @@ class AttentionContext:
     segments: list[int] | None = None  # lengths of the documents, over the B * S tokens in order
     cache: KVCache | None = None
     slots: Slots | None = None  # of the new tokens in the cache
+    tree: TokenTree | None = None  # of the new tokens
     queries: Tensor | None = None  # [B, Q] indices of the tokens whose output is wanted; None: all
     tokens: Tensor | None = None  # [B, S''] the row's tokens and those after it, for heads that read them
 
@@ -67,10 +69,25 @@ class AttentionContext:
 
     @staticmethod
     def of_cached(
-        config: MTPConfig, n_new: int, cache: KVCache, device: torch.device, dtype: torch.dtype, n_again: int = 0
+        config: MTPConfig,
+        n_new: int,
+        cache: KVCache,
+        device: torch.device,
+        dtype: torch.dtype,
+        n_again: int = 0,
+        tree: TokenTree | None = None,
     ) -> AttentionContext:
-        """Builds the context of each row's last ``n_again`` tokens in ``cache`` and the ``n_new`` after them."""
+        """Builds the context of each row's last ``n_again`` tokens in ``cache`` and the ``n_new`` after them.
+
+        The new ones may be a ``tree``: alternatives for one position, whose slots are not their positions.
+        """
         slots = cache.slots(n_new, device, n_again)
+        if tree is not None:
+            depths = slots.positions[..., :1] + tree.tables(device).depths
+            turns = rotation(depths, config.head_dim, config.rope_theta, dtype)
+            every = torch.arange(n_new, device=device).expand(cache.batch_size, -1)
+            mask = _visible_in_tree(every, slots, tree)
+            return AttentionContext(turns, mask=mask, cache=cache, slots=slots, tree=tree)
         turns = rotation(slots.positions, config.head_dim, config.rope_theta, dtype)
         # No mask is needed for the first tokens (no query sees the right padding) or for a single one (it sees all).
         uniform, length = slots.positions.dim() == 1, slots.positions.shape[-1]
@@ -82,6 +99,8 @@ class AttentionContext:
     def at(self, queries: Tensor) -> AttentionContext:
         """Returns the context of a layer that gives the outputs of the new tokens ``queries [B, Q]`` alone."""
         assert self.slots is not None, "the context of a cache"
+        if self.tree is not None:
+            return replace(self, queries=queries, mask=_visible_in_tree(queries, self.slots, self.tree))
         positions = self.slots.positions.expand(len(queries), -1).gather(1, queries)
         return replace(self, queries=queries, mask=_visible(positions, self.slots))
 
@@ -114,6 +133,16 @@ def _visible(positions: Tensor, slots: Slots) -> Tensor:
     """Mask of queries at ``positions [B, Q]`` or ``[Q]``: ``[B or 1, 1, Q, L]``, True for the keys not after them."""
     keys = torch.arange(slots.end, device=positions.device)
     return (keys <= positions[..., None]).view(-1, 1, positions.shape[-1], slots.end)
+
+
+def _visible_in_tree(queries: Tensor, slots: Slots, tree: TokenTree) -> Tensor:
+    """Mask of the new tokens ``queries [B, Q]``: ``[B, 1, Q, L]``, True for earlier tokens, ancestors and itself."""
+    new = torch.arange(slots.end, device=queries.device) - slots.positions[..., :1]  # [L] or [B, L]
+    of_tree = (new >= 0) & (new < tree.size)
+    ancestors = tree.tables(queries.device).ancestors[queries]  # [B, Q, S]
+    index = new.clamp(0, tree.size - 1).expand(len(queries), -1)[:, None].expand(-1, queries.shape[1], -1)
+    seen = torch.where(of_tree.expand(len(queries), -1)[:, None], ancestors.gather(2, index), (new < 0)[..., None, :])
+    return seen[:, None]
 
 
 def document_lengths(document_ids: Tensor) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
@@ -86,6 +87,17 @@ class KVCache:
                 stored[rows, positions] = new
         stored_keys, stored_values = self._slots[layer]
         return stored_keys[:, :end], stored_values[:, :end]
+
+    def keep(self, path: Tensor) -> None:
+        """Moves new tokens to the front of the new ones, in all layers.
+
+        Args:
+            path: ``[B, K]``, indices among the tokens last written.
+        """
+        first = torch.tensor(self.lengths, device=path.device)[:, None]
+        rows, to = torch.arange(len(path), device=path.device)[:, None], torch.arange(path.shape[1], device=path.device)
+        for stored in itertools.chain.from_iterable(self._slots.values()):
+            stored[rows, first + to] = stored[rows, first + path]
 
     def advance(self, counts: Sequence[int]) -> None:
         """Advances row ``b`` by the first ``counts[b]`` of the tokens last written."""

@@ -11,6 +11,7 @@ from mtp_ext.nn.transformer.attention import AttentionContext
 from mtp_ext.nn.transformer.checks import check_document_ids, check_tokens
 from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.nn.transformer.layers import Block
+from mtp_ext.nn.transformer.token_tree import TokenTree
 
 
 class Trunk(nn.Module):
@@ -59,21 +60,27 @@ class Trunk(nn.Module):
         return x
 
     def context(
-        self, tokens: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None, n_again: int = 0
+        self,
+        tokens: Tensor,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        n_again: int = 0,
+        tree: TokenTree | None = None,
     ) -> AttentionContext:
         """Checks the inputs of a forward and builds the context of its attention layers.
 
-        With a cache, these may read its last ``n_again`` tokens again, before the new ones.
+        With a cache, these may read its last ``n_again`` tokens again, before the new ones, which may be a ``tree``.
         """
         weight = self._borrowed[0].weight
-        check_tokens(tokens, self.config, past=0 if cache is None else cache.max_length)
+        read = tokens if tree is None else tokens[:, :1]  # the rest are drafts, which take fewer positions than tokens
+        check_tokens(read, self.config, past=0 if cache is None else cache.max_length)
         seq_len = tokens.shape[1]
         if cache is not None:
             if document_ids is not None:
                 raise ValueError("document_ids must be None if a cache is given: a cache holds one document per row")
             if tokens.shape[0] != cache.batch_size:
                 raise ValueError(f"tokens must have the cache's {cache.batch_size} rows, got {list(tokens.shape)}")
-            return AttentionContext.of_cached(self.config, seq_len, cache, tokens.device, weight.dtype, n_again)
+            return AttentionContext.of_cached(self.config, seq_len, cache, tokens.device, weight.dtype, n_again, tree)
         if document_ids is not None:
             check_document_ids(document_ids, tokens)
             document_ids = document_ids[:, :seq_len]

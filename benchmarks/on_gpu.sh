@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in at most nine minutes: builds for this device, runs the checks of tests/gpu, then
-# the benchmarks, the scarcest figures first, and last the short checks again under compute-sanitizer. From a bare checkout
-# with torch, nvcc, ninja and pybind11, without a network:
+# Everything that only a GPU can tell, in at most nine minutes: builds for this device, runs the benchmarks and the checks
+# of tests/gpu, the scarcest figures first, and last the short checks again under compute-sanitizer, and the peers. From a
+# bare checkout with torch, nvcc, ninja and pybind11, without a network:
 #   MTP_COMMIT=$(git rev-parse HEAD) MTP_DIRTY=0 OUT=results bash benchmarks/on_gpu.sh
 # MTP_COMMIT and MTP_DIRTY (0: as committed, else changed) go into every result; a checkout with its .git needs neither.
-# $OUT gets seven plain files and no link: log.txt (every stage under a heading, and how it ended) and the JSON of the checks
+# $OUT gets ten plain files and no link: log.txt (every stage under a heading, and how it ended) and the JSON of the checks
 # and of each benchmark, rewritten as they grow, so that a run that is cut off leaves what it found. Exits with 1 if a stage
 # failed or the checks did not end; a stage that the time does not suffice for is named.
 set -uo pipefail
@@ -65,21 +65,25 @@ fi
 export PYTHONPATH=python:.:${PYTHONPATH:-} PYTHONUNBUFFERED=1 MTP_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=$capability
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
 
-# The caps add up to less than the limit without the sanitizers, which share what is left.
-stage build 140 "$python" setup.py build_ext --inplace || exit 1
-stage checks 70 "$python" -m tests.gpu.run --out "$out/checks.json" || status=1
-stage gpu_loss 140 "$python" -m benchmarks.suites.gpu_loss --device cuda --rounds 10 --out "$out/gpu_loss.json"
-stage gpu_peers 50 "$python" -m benchmarks.suites.gpu_peers --device cuda --rounds 10 --out "$out/gpu_peers.json"
-stage row_pass 60 "$python" -m benchmarks.suites.row_pass --device cuda --rounds 20 --out "$out/row_pass.json"
-stage step_memory 40 "$python" -m benchmarks.suites.step_memory --device cuda --rounds 10 --out "$out/step_memory.json"
+# The scarcest figures first: after three minutes there are a smoke test, the row pass and the first cells of the loss. The
+# caps up to the late checks add up to less than the limit; sanitizers and peers share what is left.
+stage build 100 "$python" setup.py build_ext --inplace || exit 1
+stage smoke 30 "$python" -m tests.gpu.run --parts smoke --out "$out/smoke.json" || status=1
+stage row_pass 45 "$python" -m benchmarks.suites.row_pass --device cuda --rounds 20 --out "$out/row_pass.json"
+stage gpu_loss 120 "$python" -m benchmarks.suites.gpu_loss --device cuda --rounds 10 --out "$out/gpu_loss.json"
+stage gpu_profile 25 "$python" -m benchmarks.suites.gpu_profile --device cuda --out "$out/gpu_profile.json"
+stage checks 70 "$python" -m tests.gpu.run --parts early --out "$out/checks.json" || status=1
 stage gpu_heads 25 "$python" -m benchmarks.suites.gpu_heads --device cuda --rounds 10 --out "$out/gpu_heads.json"
+stage step_memory 35 "$python" -m benchmarks.suites.step_memory --device cuda --rounds 10 --out "$out/step_memory.json"
+stage checks_late 70 "$python" -m tests.gpu.run --parts late --out "$out/checks_late.json" || status=1
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
-    stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m tests.gpu.run --small --out "$scratch/$tool.json"
+    stage "$tool" 25 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex kns=mtp \
+      "$python" -m tests.gpu.run --small --parts early --out "$scratch/$tool.json"
   done
 else
   note "compute-sanitizer: not on this machine"
 fi
+stage gpu_peers 40 "$python" -m benchmarks.suites.gpu_peers --device cuda --rounds 10 --out "$out/gpu_peers.json"
 printf '\n== in short\n%s' "$ends" | tee -a "$log"
 exit "$status"

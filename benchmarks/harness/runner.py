@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.harness.case import Case, Cases, groups, short
 from benchmarks.harness.machine import describe
+from benchmarks.harness.peaks import beyond_peak
 from benchmarks.harness.timing import CutOff, Timings, time_group
 from mtp_ext.ops.common.workspace import release_workspace
 
@@ -67,7 +68,12 @@ def row(case: Case, timings: Timings, baseline: str | None, peak: int | None) ->
         result["gflop_per_s"] = round(case.flops / median / 1e6, 2)
     if case.bytes:
         result |= {"bytes": case.bytes, "gb_per_s": round(case.bytes / median / 1e6, 2)}
-    return result | {"peak_extra_bytes": peak} | ({"gpu": timings.gpu} if timings.gpu is not None else {})
+    result |= {"peak_extra_bytes": peak}
+    if timings.gpu is not None:
+        result["gpu"] = timings.gpu
+        if excess := beyond_peak(result, torch.cuda.get_device_name()):
+            result["error"] = excess
+    return result
 
 
 def peak_on_gpu(case: Case) -> int:

@@ -1,7 +1,8 @@
 """The fused loss at training sizes against the three bare GEMMs, over widths, vocabularies, chunks and heads.
 
-16384 rows in total, in bfloat16; ``gemms`` is only the GEMMs, with the weight's gradient accumulated in float32 as in
-the loss. Last, a batch with a target in every other row, with and without ``max_valid``.
+16384 rows in total, in bfloat16, and fewer at the end; ``gemms`` is only the GEMMs, with the weight's gradient
+accumulated in float32 as in the loss, of values as the loss has them: clocks depend on the bits. Last, a batch with a
+target in every other row, with and without ``max_valid``.
 ``python -m benchmarks.suites.gpu_loss --device cuda --rounds 10 --out benchmarks/results/FILE.json``
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +22,11 @@ from benchmarks.harness.runner import main
 
 N_ROWS = 16384
 CHUNKS = (2048, 4096, 8192)
+FLOOR_CHUNK = 4096
 # Sizes with a target ratio come first, so that an interrupted run has them.
 SHAPES = ((4096, 128256), (4096, 32000), (1024, 32000), (8192, 128256), (1024, 128256), (8192, 32000))
+FEW_ROWS = (512, 1024, 2048, 4096)
+EVERY_OPTION: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
 
 
 def add_product(grad_weight: Tensor, z: Tensor, h: Tensor, beta: float) -> None:
@@ -32,18 +37,30 @@ def add_product(grad_weight: Tensor, z: Tensor, h: Tensor, beta: float) -> None:
 
 
 def bare_gemms(
-    chunk: int, hidden: Tensor, weight: Tensor, logits: Tensor, grad_hidden: Tensor, grad_weight: Tensor
+    hidden: Tensor, weight: Tensor, logits: Tensor, grad_logits: Tensor, grad_hidden: Tensor, grad_weight: Tensor
 ) -> None:
-    """Computes ``Z = H W^T``, ``dH = Z W``, ``dW += Z^T H`` in chunks of rows, into preallocated memory."""
-    for row in range(0, len(hidden), chunk):
-        h = hidden[row : row + chunk]
-        z = torch.mm(h, weight.t(), out=logits[: len(h)])
-        torch.mm(z, weight, out=grad_hidden[row : row + chunk])
-        add_product(grad_weight, z, h, float(row > 0))
+    """Computes ``Z = H W^T``, ``dH = dZ W``, ``dW += dZ^T H`` in chunks of the rows of ``logits``, given ``dZ``."""
+    for row in range(0, len(hidden), len(logits)):
+        h = hidden[row : row + len(logits)]
+        torch.mm(h, weight.t(), out=logits[: len(h)])
+        torch.mm(grad_logits[: len(h)], weight, out=grad_hidden[row : row + len(h)])
+        add_product(grad_weight, grad_logits[: len(h)], h, float(row > 0))
 
 
-def fused(chunk: int | None, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    loss = mtp_ext.multi_token_cross_entropy(hidden, weight, labels, chunk_rows=chunk).loss
+def floor_of(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[], None]:
+    """Returns the GEMMs of a loss of ``hidden [N, D]``, with the gradient of a mean over ``N`` for ``dZ``."""
+    logits = torch.mm(hidden[: min(len(hidden), chunk)], weight.t())
+    grad = logits.float().softmax(-1)
+    grad[:, 0] -= 1
+    grad_logits = grad.div_(len(hidden)).to(logits.dtype)
+    grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    return partial(bare_gemms, hidden, weight, logits, grad_logits, torch.empty_like(hidden), grad_weight)
+
+
+def fused(
+    options: dict[str, Any], chunk: int | None, hidden: Tensor, weight: Tensor, labels: Tensor
+) -> tuple[Tensor, ...]:
+    loss = mtp_ext.multi_token_cross_entropy(hidden, weight, labels, chunk_rows=chunk, **options).loss
     return torch.autograd.grad(loss, (hidden, weight))
 
 
@@ -60,15 +77,11 @@ def cases_of(n_rows: int, heads: int, width: int, vocab: int, device: str, chunk
         shape={"N": n_rows, "n": heads, "D": width, "V": vocab},
         flops=6 * n_rows * width * vocab,
     )
-    flat, fixed = hidden.detach().view(n_rows, width), weight.detach()
-    gradients = torch.empty_like(flat), torch.empty(vocab, width, dtype=torch.float32, device=device)
-    floor_chunk = chunks[len(chunks) // 2]
-    logits = flat.new_empty(floor_chunk, vocab)
-    floor: Callable[[], None] = partial(bare_gemms, floor_chunk, flat, fixed, logits, *gradients)
-    yield case("gemms", fn=floor)
-    yield case("mtp_ext", fn=partial(fused, None, hidden, weight, labels))
+    yield case("gemms", fn=floor_of(hidden.detach().view(n_rows, width), weight.detach(), FLOOR_CHUNK))
+    yield case("mtp_ext", fn=partial(fused, {}, None, hidden, weight, labels))
+    yield case("mtp_ext_all_options", fn=partial(fused, EVERY_OPTION, None, hidden, weight, labels))
     for chunk in chunks:
-        yield case(f"mtp_ext_chunk_{chunk}", fn=partial(fused, chunk, hidden, weight, labels))
+        yield case(f"mtp_ext_chunk_{chunk}", fn=partial(fused, {}, chunk, hidden, weight, labels))
 
 
 def half_ignored(max_valid: int | None, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -98,6 +111,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         return
     sizes = itertools.product(SHAPES, (1, 4))
     yield from each(partial(cases_of, N_ROWS, heads, *shape, device, CHUNKS) for shape, heads in sizes)
+    yield from each(partial(cases_of, n_rows, 1, 1024, 32000, device, ()) for n_rows in FEW_ROWS)
     yield from each([partial(bound_cases, N_ROWS, 4096, 32000, device)])
 
 

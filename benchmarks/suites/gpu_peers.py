@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness.case import Case, each, short
 from benchmarks.harness.runner import main
-from benchmarks.suites.gpu_loss import bare_gemms
+from benchmarks.suites.gpu_loss import floor_of
 from benchmarks.suites.linear_cross_entropy import Loss, eager, fused, peers, step
 
 # (N, D, V): the sizes for which the peers' authors publish results.
@@ -83,10 +83,7 @@ def cases_of(n_rows: int, width: int, vocab: int, device: str) -> Iterator[Case]
         shape={"N": n_rows, "D": width, "V": vocab, "dtype": str(dtype).removeprefix("torch.")},
         flops=6 * n_rows * width * vocab,
     )
-    flat, fixed = hidden.detach(), weight.detach()
-    gradients = torch.empty_like(flat), torch.empty(vocab, width, dtype=torch.float32, device=device)
-    logits = flat.new_empty(min(FLOOR_CHUNK, n_rows), vocab)
-    yield case("gemms", fn=partial(bare_gemms, FLOOR_CHUNK, flat, fixed, logits, *gradients))
+    yield case("gemms", fn=floor_of(hidden.detach(), weight.detach(), FLOOR_CHUNK))
     yield case("mtp_ext", fn=partial(step, fused, hidden, weight, targets))
     others = {**peers(), **published()[0]}
     if device == "cuda":

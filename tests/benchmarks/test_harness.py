@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -193,3 +194,24 @@ def test_sigterm_writes_what_was_measured_and_a_failure_ends_nothing(tmp_path: P
     assert (works["rounds"], works["found"], document["env"]["peers"]) == (100, 3, "none")
     assert fails["error"] == "ZeroDivisionError: division by zero" and "ms_median" not in fails
     assert slow["ms_median"] >= 200 and 1 <= slow["rounds"] < 20
+
+
+@pytest.mark.parametrize(
+    ("figures", "name", "error"),
+    [
+        ({"gflop_per_s": 700e3, "gb_per_s": 3000.0}, "NVIDIA H100 80GB HBM3", None),
+        ({"gflop_per_s": 1.2e6}, "NVIDIA H100 80GB HBM3", "more than the chip can do: 1.2e+06 gflop_per_s of 989400"),
+        ({"gb_per_s": 4000.0}, "NVIDIA H100 80GB HBM3", "4000 gb_per_s of 3352"),
+        ({"gb_per_s": 4000.0}, "NVIDIA H200", None),
+        ({"gb_per_s": 1e6}, "another one", None),
+    ],
+)
+def test_more_than_a_chip_can_do_is_an_error(
+    figures: dict[str, float], name: str, error: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case("copy", "ours", {}, lambda: None, flops=0, bytes=0)
+    timings = Timings({"ours": [1.0, 1.0]}, gpu={})
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    amount = {"flops": int(figures.get("gflop_per_s", 0) * 1e6), "bytes": int(figures.get("gb_per_s", 0) * 1e6)}
+    found = harness.row(dataclasses.replace(case, **amount), timings, None, None)
+    assert ("error" not in found) if error is None else (error in found["error"])

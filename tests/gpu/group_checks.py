@@ -107,7 +107,7 @@ def group_of_one(device: torch.device) -> Iterator[dist.ProcessGroup]:
             dist.destroy_process_group()
 
 
-@check()
+@check(part="late")
 def a_group_of_one_equals_no_group(device: torch.device) -> None:
     """Results are equal, and only the first loss of a parameter synchronises with the host."""
     hidden = torch.randn(2, 2, 33, 64, device=device).requires_grad_()

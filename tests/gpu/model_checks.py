@@ -37,7 +37,7 @@ def assert_norms_run_by_the_kernel(device: torch.device) -> None:
         assert rms_norm.uses_kernel(torch.empty(2, WIDTH, device=device), torch.empty(WIDTH, device=device))
 
 
-@check()
+@check(part="late")
 def models_equal_the_cpu_in_float64(device: torch.device) -> None:
     """float32 without TF32: an error of 1e-4 of the largest element of each gradient."""
     assert_norms_run_by_the_kernel(device)
@@ -52,7 +52,7 @@ def models_equal_the_cpu_in_float64(device: torch.device) -> None:
                 assert worst <= 1e-4 * truth.abs().max(), f"{variant}, {schedule}: off by {worst:.3g}"
 
 
-@check()
+@check(part="late")
 def greedy_tokens_equal_the_cpus(device: torch.device) -> None:
     model, on_cpu = make_model(device), make_model(torch.device("cpu"))
     on_cpu.load_state_dict(model.state_dict())
@@ -85,7 +85,7 @@ def train(model: MTPModel, batch: tuple[Tensor, Tensor], optimizer: Any, schedul
     return loss.detach()
 
 
-@check()
+@check(part="late")
 def a_captured_training_step_equals_the_eager_one(device: torch.device) -> None:
     """Forward, backward and optimizer step, captured after a warm-up and replayed."""
     if device.type != "cuda":

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+PARTS = ("smoke", "early", "late")  # in the order in which they run
+
 
 class CannotRun(Exception):
     """This machine has not what the check needs; the message says what."""
@@ -14,28 +16,46 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """One check; ``small`` ones are few and short enough for compute-sanitizer."""
+    """One check.
+
+    Attributes:
+        name: The function's name.
+        run: Raises where something is wrong.
+        small: One of the few that are short enough for compute-sanitizer.
+        part: When it runs. "late" ones are long, or can hang: models, NCCL, compilation.
+    """
 
     name: str
     run: Callable[[torch.device], None]
     small: bool
+    part: str
 
 
 CHECKS: list[Check] = []
 
 
-def check(*, small: bool = False) -> Callable[[Callable[[torch.device], None]], Callable[[torch.device], None]]:
+def check(
+    *, small: bool = False, part: str = "early"
+) -> Callable[[Callable[[torch.device], None]], Callable[[torch.device], None]]:
     """Registers a function of a device. It raises where something is wrong."""
+    assert part in PARTS
 
     def register(function: Callable[[torch.device], None]) -> Callable[[torch.device], None]:
-        CHECKS.append(Check(function.__name__, function, small))
+        CHECKS.append(Check(function.__name__, function, small, part))
         return function
 
     return register
 
 
 def all_checks() -> list[Check]:
-    """Every check, in the order of the files."""
-    from tests.gpu import group_checks, kernel_checks, loss_checks, model_checks, runtime_checks  # noqa: F401  (they register)
+    """Every check, part by part, in the order of the files."""
+    from tests.gpu import (  # noqa: F401  (they register)
+        group_checks,
+        kernel_checks,
+        loss_checks,
+        model_checks,
+        runtime_checks,
+        smoke_checks,
+    )
 
-    return list(CHECKS)
+    return sorted(CHECKS, key=lambda check: PARTS.index(check.part))

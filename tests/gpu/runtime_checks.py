@@ -135,7 +135,7 @@ def a_row_is_read_once(device: torch.device) -> None:
         assert all("loss_rows_cached_kernel" in kernel for kernel in kernels), (vocab, kernels)
 
 
-@check()
+@check(part="late")
 def compiled_equals_eager(device: torch.device) -> None:
     inputs = operands(device)
     try:

@@ -97,6 +97,7 @@ def test_torch_jit_trace(schedule: str) -> None:
     check_equal(gradients(model, lambda: traced(*step)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_written_graph_trains(schedule: str, mode: str) -> None:

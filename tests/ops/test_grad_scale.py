@@ -153,6 +153,7 @@ def test_an_invalid_target_leaves_the_buffer_alone() -> None:
     assert not buffer.any()
 
 
+@pytest.mark.slow
 def test_compiled_the_gradient_is_added_once() -> None:
     hidden, weight, labels = inputs()
 

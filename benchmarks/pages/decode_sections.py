@@ -96,3 +96,33 @@ def demo_section(path: Path, pictures: Path = DOCS) -> str:
         "acceptance of a large model; the paper's figures, of 7 B parameters, are there for the shape.\n\n"
         f"![Tokens per forward against heads used]({target.name})\n" + "".join(tables)
     )
+
+
+def rounds_section(path: Path) -> str:
+    """Shows the time of a round by drafts: what of the tokens per forward arrives as wall clock."""
+    env, rows = load(path)
+    lines = [
+        {
+            **{key: r[key] for key in ("variant", "n_layers", "dtype", "batch")},
+            "ms": shown(1e3 * r["seconds_per_round"], ".2f"),
+            **{f"{other['n_draft']}": shown(other["speed_per_token"], ".2f") for other in of_model(r, rows)},
+        }
+        for r in rows
+        if r["n_draft"] == 0
+    ]
+    most = max(r["n_draft"] for r in rows)
+    columns = {"variant": "heads", "n_layers": "layers with the heads'", "dtype": "dtype", "batch": "prompts"}
+    drafts = {f"{k}": f"{k} draft{'s' * (k > 1)}" for k in range(1, most + 1)}
+    return (
+        f"\n## Rounds of decoding{on_gpu(env)}\n\n{machine(env, path)}\n"
+        "The time of a round without drafts (ms), and over it that of a round with drafts: the speed per token per "
+        "forward, 1 if drafts were free. A head with a layer cannot do better than (L + 1) / (L + n) on a trunk of L "
+        "layers where a round waits for the weights; with 8 prompts and 3 drafts, 32 rows wait for the arithmetic.\n\n"
+        + table({**columns, "ms": "ms, no drafts", **drafts}, lines)
+    )
+
+
+def of_model(row: Row, rows: Sequence[Row]) -> list[Row]:
+    """The rows of the same model, dtype and batch with drafts."""
+    keys = ("variant", "n_layers", "vocab_size", "dtype", "batch")
+    return [r for r in rows if r["n_draft"] > 0 and all(r[key] == row[key] for key in keys)]

@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.pages.decode_sections import demo_section
+from benchmarks.pages.decode_sections import demo_section, rounds_section
 from benchmarks.pages.gpu_sections import gpu_loss_section, heads_section, peers_section, row_pass_section
 from benchmarks.pages.loss_sections import (
     before_after_section,
@@ -75,6 +75,7 @@ SECTIONS = {
     "variants": variants_section,
     "train_variants": training_section,
     "decode_demo": demo_section,
+    "decode_rounds": rounds_section,
     "gpu_loss": gpu_loss_section,
     "gpu_peers": peers_section,
     "row_pass": row_pass_section,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.pages.decode_sections import demo_section
-from benchmarks.studies import decode_demo
+from benchmarks.pages.decode_sections import demo_section, rounds_section
+from benchmarks.studies import decode_demo, decode_rounds
 from mtp_ext.train.config import ModelConfig
 from mtp_ext.train.decoding import DecodeConfig
 from tests.train.tiny import write_corpus
@@ -80,3 +80,20 @@ def test_the_page_puts_the_papers_figures_beside_ours(tmp_path: Path) -> None:
     assert "Speed over tokens per forward with all heads is 0.90 (paper: 0.87)" in text
     assert "in 72 of 80 continuations" in text and "say nothing of the acceptance of a large model" in text
     assert (tmp_path / "decode_demo_cpu.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_rounds_of_every_number_of_drafts_stand_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "decode_rounds_cpu.json"
+    monkeypatch.setattr("sys.argv", ["decode_rounds", "--quick", "--new-tokens", "4", "--out", str(out)])
+    decode_rounds.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["dtype"], r["batch"], r["n_draft"]) for r in rows] == [
+        (dtype, batch, k) for dtype in ("float32", "bfloat16") for batch in (1, 8) for k in range(4)
+    ]
+    lines = [line for line in rounds_section(out).splitlines() if line.startswith("| parallel")]
+    assert len(lines) == 4
+    for line, first in zip(lines, rows[::4], strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[2:4] == [first["dtype"], f"{first['batch']}"]
+        assert cells[4] == f"{1e3 * first['seconds_per_round']:.2f}" and len(cells) == 8

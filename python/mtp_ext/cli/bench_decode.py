@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -92,21 +91,8 @@ class DecodeBench:
         """Runs the benchmark; returns the exit code."""
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
-        compute = choose_compute(self.device, "float32")
-        model, prompts = self._model_and_prompts(compute.device)
-        n_drafts = [*range(model.config.n_future), *map(parsed_tree, self.trees)]
-        rows: list[dict[str, Any]] = []
-        for batch_size in self.batch_sizes:
-            filled = list(islice(cycle(prompts), batch_size * self.repetitions))
-            measured = measure_decoding(model, filled, self.new_tokens, n_drafts, batch_size=batch_size)
-            rows += [self._row(batch_size, one, measured[0]) for one in measured]
-        device = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else "CPU"
-        document = {
-            "model": model.config.to_dict(),
-            **{name: getattr(self, name) for name in ("dtype", "prompt_tokens", "new_tokens", "repetitions")},
-            **{"checkpoint": None if self.checkpoint is None else str(self.checkpoint), "device": device},
-            **{"threads": torch.get_num_threads(), "torch": torch.__version__, "results": rows},
-        }
+        document = self.measured()
+        rows = document["results"]
         text = json.dumps(finite(document), indent=None if self.out is None else 2)
         if self.out is not None:
             (self.out / "decode.json").write_text(text + "\n", encoding="utf-8")
@@ -116,8 +102,26 @@ class DecodeBench:
         if self.json:
             print(text)
         else:
-            Console().print(self._table(model.config, device, rows))
+            Console().print(self._table(document))
         return 0
+
+    def measured(self) -> dict[str, Any]:
+        """Measures all batch sizes and numbers of drafts; returns the record, with a row of ``results`` for each."""
+        compute = choose_compute(self.device, "float32")
+        model, prompts = self._model_and_prompts(compute.device)
+        n_drafts = [*range(model.config.n_future), *map(parsed_tree, self.trees)]
+        rows: list[dict[str, Any]] = []
+        for batch_size in self.batch_sizes:
+            filled = list(islice(cycle(prompts), batch_size * self.repetitions))
+            measured = measure_decoding(model, filled, self.new_tokens, n_drafts, batch_size=batch_size)
+            rows += [self._row(batch_size, one, measured[0]) for one in measured]
+        device = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else "CPU"
+        return {
+            "model": model.config.to_dict(),
+            **{name: getattr(self, name) for name in ("dtype", "prompt_tokens", "new_tokens", "repetitions")},
+            **{"checkpoint": None if self.checkpoint is None else str(self.checkpoint), "device": device},
+            **{"threads": torch.get_num_threads(), "torch": torch.__version__, "results": rows},
+        }
 
     def _model_and_prompts(self, device: torch.device) -> tuple[MTPModel, list[Tensor]]:
         """Loads or makes the model, and prompts on its device."""
@@ -148,10 +152,13 @@ class DecodeBench:
             "tokens_per_second_at": {f"{a:g}": batch_size * n / seconds for a, n in expected.items()},
         }
 
-    def _table(self, config: MTPConfig, device: str, rows: Sequence[dict[str, Any]]) -> Table:
-        """Formats the rows for a terminal."""
-        shape = f"n = {config.n_future}, {config.n_layers} layers, D = {config.d_model}, V = {config.vocab_size}"
-        title = f"rounds of decoding: {config.variant}, {shape}, {self.dtype}, {device}"
+    def _table(self, document: dict[str, Any]) -> Table:
+        """Formats a record for a terminal."""
+        model, rows = document["model"], document["results"]
+        shape = (
+            f"n = {model['n_future']}, {model['n_layers']} layers, D = {model['d_model']}, V = {model['vocab_size']}"
+        )
+        title = f"rounds of decoding: {model['variant']}, {shape}, {self.dtype}, {document['device']}"
         caption = "tok/fwd: tokens per forward; a: how often a draft is accepted after those before it"
         table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
         own = [] if self.checkpoint is None else ["tok/fwd", "tokens/s"]

@@ -13,27 +13,8 @@ NO_SECOND_DERIVATIVE = (
     "the losses of mtp_ext have no second derivative: kernels compute their gradients. Differentiate twice through "
     "mtp_ext.ops.reference, or through a model with schedule='autograd'"
 )
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 Grads = tuple[Tensor | None, ...]
-
-
-def remember_inputs(ctx: Any, inputs: Sequence[Tensor | None]) -> None:
-    """Keeps the graph of a Function's inputs, without their memory, for :func:`differentiable_once`.
-
-    Takes 3 us. To be called in the forward of the Function, where autograd is off.
-    """
-    ctx.inputs = None
-    needing = [x for x in inputs if x is not None and x.requires_grad]
-    if not needing or torch.compiler.is_compiling() or any(type(x) not in _PLAIN_TYPES for x in needing):
-        return
-    torch._C._set_grad_enabled(True)
-    try:
-        outputs = _error(len(needing))(*needing)
-    finally:
-        torch._C._set_grad_enabled(False)
-    ctx.inputs = outputs if isinstance(outputs, Tensor) else outputs[0]
-    ctx.inputs.data = _nothing(ctx.inputs.dtype, ctx.inputs.device)
 
 
 @functools.cache
@@ -41,14 +22,19 @@ def _error(n_inputs: int) -> Any:
     return torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), n_inputs)
 
 
-@functools.cache
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=dtype, device=device)
+def link(like: Tensor) -> Tensor:
+    """Makes a last output of a Function, without elements, which the forward saves last as well.
+
+    Autograd gives a saved output its graph back. So :func:`differentiable_once` finds that of the inputs, without their
+    memory, and without a version that the caller's in-place operations on the other outputs would change.
+    """
+    return like.new_empty(0)
 
 
 def differentiable_once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
     """Makes the gradients of a backward function raise RuntimeError when they are differentiated.
 
+    The Function's last output and last saved tensor is a :func:`link`, whose gradient the backward does not get.
     :func:`torch.autograd.function.once_differentiable` does so only if the incoming gradient requires grad. Otherwise
     it returns constants, and ``create_graph=True`` loses the second derivative without an error.
     """
@@ -56,10 +42,10 @@ def differentiable_once(backward: Callable[..., Grads]) -> Callable[..., Grads]:
     @functools.wraps(backward)
     def wrapper(ctx: Any, *incoming: Tensor) -> Grads:
         if not torch.is_grad_enabled():  # without create_graph
-            return backward(ctx, *incoming)
+            return backward(ctx, *incoming[:-1])
         with torch.no_grad():
-            grads = backward(ctx, *incoming)
-        sources = [x for x in (ctx.inputs, *incoming) if x is not None and x.requires_grad]
+            grads = backward(ctx, *incoming[:-1])
+        sources = [x for x in (ctx.saved_tensors[-1], *incoming[:-1]) if x is not None and x.requires_grad]
         return tuple(None if x is None else _raising(x, sources) for x in grads)
 
     return wrapper

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtp_ext.ops.common.backend import backend_of, can_read
-from mtp_ext.ops.common.derivatives import differentiable_once, is_last_backward, remember_inputs
+from mtp_ext.ops.common.derivatives import differentiable_once, is_last_backward, link
 from mtp_ext.ops.common.result import MultiTokenLoss
 from mtp_ext.ops.common.runtime import debug_checks_enabled
 from mtp_ext.ops.common.transforms import is_recorded
@@ -71,7 +71,7 @@ def with_gradients(
     """Attaches the gradients of ``weight``, ``hidden``, and ``call``'s bias and head weights to ``result.loss``."""
     if not torch.is_grad_enabled():
         return result
-    loss = PrecomputedGradients.apply(  # type: ignore[no-untyped-call]
+    loss, _ = PrecomputedGradients.apply(  # type: ignore[no-untyped-call]
         (result.loss,),
         (
             gradients.weight,
@@ -108,19 +108,22 @@ class PrecomputedGradients(torch.autograd.Function):
         gradients: tuple[Tensor | None, ...],
         buffer: Tensor | None,
         *inputs: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.plan = buffer, [None if x is None else x.dtype for x in inputs]
-        ctx.save_for_backward(*gradients)
-        remember_inputs(ctx, inputs)
-        return loss[0]
+        linked = link(loss[0])
+        ctx.save_for_backward(*gradients, linked)
+        ctx.set_materialize_grads(False)
+        return loss[0], linked
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads, (buffer, dtypes) = ctx.saved_tensors, ctx.plan
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        (*grads, _), (buffer, dtypes) = ctx.saved_tensors, ctx.plan
+        if grad is None:  # only the link was differentiated
+            return (None, None, None, *(None for _ in dtypes))
         if buffer is not None and grads[0] is not None:
             torch.ops.mtp_ext._add_scaled_(buffer, grads[0], grad)
-            grads = (None, *grads[1:])
+            grads[0] = None
         scaled = backend_of(grad.device).scaled(grads, grad, dtypes)
         if is_last_backward():
             return (None, None, None, *scaled)
@@ -138,7 +141,7 @@ def row_losses(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]) -> tupl
     if is_recorded(weight, *hidden):
         losses, lse, divisors, result = recorded.row_losses(call, weight, hidden)
     else:
-        losses, lse, divisors, *values = RowLosses.apply(call, weight, call.bias, *hidden)  # type: ignore[no-untyped-call]
+        losses, lse, divisors, *values, _ = RowLosses.apply(call, weight, call.bias, *hidden)  # type: ignore[no-untyped-call]
         result = MultiTokenLoss._make(values)
     scale = losses.new_ones(call.n_heads) if call.head_weights is None else call.head_weights.to(losses.dtype)
     if call.reduction == "none":
@@ -153,16 +156,16 @@ class RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: LossCall, weight: Tensor, bias: Tensor | None, *hidden: Tensor) -> tuple[Tensor, ...]:
         *tables, result = operators.row_losses(call, weight, hidden)
-        remember_inputs(ctx, (weight, bias, *hidden))
         ctx.call, tensors = call.without_tensors()
-        ctx.save_for_backward(weight, bias, *tensors, *hidden)
+        linked = link(tables[0])
+        ctx.save_for_backward(weight, bias, *tensors, *hidden, linked)
         ctx.mark_non_differentiable(tables[2], *result)
-        return (*tables, *result)
+        return (*tables, *result, linked)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_losses: Tensor, grad_lse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        weight, bias, *tensors = ctx.saved_tensors
+        weight, bias, *tensors, _ = ctx.saved_tensors
         hidden = tensors[LossCall.N_TENSORS :]
         call = replace(ctx.call.with_tensors(tensors[: LossCall.N_TENSORS]), bias=bias)
         _, of_weight, of_bias, *of_hidden = ctx.needs_input_grad

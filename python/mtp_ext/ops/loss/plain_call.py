@@ -71,4 +71,4 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: in
     if not grads:
         return loss  # type: ignore[no-any-return]
     gradients = (grads[0] if need_weight else None, grads[-1] if need_hidden else None)
-    return PrecomputedGradients.apply((loss,), gradients, None, weight, hidden)  # type: ignore[no-any-return,no-untyped-call]
+    return PrecomputedGradients.apply((loss,), gradients, None, weight, hidden)[0]  # type: ignore[no-any-return,no-untyped-call]

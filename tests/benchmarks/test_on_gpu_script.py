@@ -96,7 +96,7 @@ def test_without_a_build_nothing_else_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("hangs", "status"), [("gpu_loss", 0), ("parts late", 1)])
+@pytest.mark.parametrize(("hangs", "status"), [("racecheck", 0), ("parts late", 1)])
 def test_a_stage_that_hangs_is_cut_off_and_the_rest_is_named(tmp_path: Path, hangs: str, status: int) -> None:
     got, _, out = run(tmp_path, FAKE_HANGS=hangs, MTP_ON_GPU_SECONDS="7")
     found = ends((out / "log.txt").read_text())

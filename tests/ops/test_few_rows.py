@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +12,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtp_ext.ops.few_rows import LARGEST_ROWS, linear, uses_kernel
+from mtp_ext.ops.few_rows import LARGEST_ROWS, linear, uses_kernel, weights_read_once
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _decodes() -> Iterator[None]:
+    with weights_read_once():
+        yield
 
 
 def operands(rows: int, width: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -93,3 +102,14 @@ def test_operations_are_counted() -> None:
     with FlopCounterMode(display=False) as counter:
         linear(x, weight)
     assert counter.get_total_flops() == 2 * 3 * 8 * 5
+
+
+def test_only_decoding_uses_the_kernel() -> None:
+    """A forward without a graph that a schedule recomputes must have the bits of the one with a graph."""
+    x, weight = torch.randn(2, 64), torch.randn(96, 64)
+    assert uses_kernel(x, weight)
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(uses_kernel(x, weight)))
+    thread.start()
+    thread.join()
+    assert found == [False]

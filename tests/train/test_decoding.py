@@ -194,11 +194,10 @@ def test_a_run_ends_with_the_comparison(tmp_path: Path, capsys: pytest.CaptureFi
     [
         {"logging": LoggingConfig(tensorboard=False, plots=False, sample_tokens=0)},
         {"model": ModelConfig(n_future=1, d_model=16, n_layers=2, n_attn_heads=2)},
-        {"model": ModelConfig(variant="sequential_modules", n_future=2, d_model=16, n_layers=3, n_attn_heads=2)},
         {"batch": BatchConfig(seq_len=2)},
         {"batch": BatchConfig(seq_len=1), "model": ModelConfig(n_future=2, d_model=16, n_attn_heads=2, max_seq_len=1)},
     ],
-    ids=["no sample", "one head", "heads that read drafts", "no room", "one position"],
+    ids=["no sample", "one head", "no room", "one position"],
 )
 def test_a_run_without_drafts_has_no_comparison(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = with_sample(tiny_config(tmp_path, max_steps=1))
@@ -238,5 +237,4 @@ def test_every_architecture_is_measured(tmp_path: Path, capsys: pytest.CaptureFi
     run(with_sample(tiny_config(tmp_path, max_steps=1, model=model)))
     compared = json.loads((tmp_path / "run" / "summary.json").read_text())["decoding"]
     number = json.loads(evaluated(capsys, tmp_path / "run", "--decode.prompts", "3", "--json"))["decoding"]
-    reads_drafts = variant == "sequential_modules"
-    assert len(compared) == (0 if reads_drafts else 2) and number["n_draft"] == (0 if reads_drafts else 2)
+    assert len(compared) == 2 and number["n_draft"] == 2

@@ -19,6 +19,7 @@ from mtp_ext.generate.tree_decoding import TreeRound, checked_tree, decode_with_
 from mtp_ext.nn.multi_token_model import MultiTokenModel
 from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.ops.common.checks import INDEX_DTYPES, check_int, check_tensor, checked_items, describe
+from mtp_ext.ops.few_rows import weights_read_once
 
 DRAFTS = ("greedy", "sample")
 
@@ -38,6 +39,7 @@ class GenerationOutput:
 
 
 @torch.no_grad()
+@weights_read_once()
 def generate(
     model: MultiTokenModel,
     prompt: Tensor | Sequence[Tensor],

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,8 +18,26 @@ from mtp_ext.ops.common.runtime import autocast_dtype
 LARGEST_ROWS = {torch.float32: 32, torch.bfloat16: 16}
 
 
+_thread = threading.local()
+
+
+@contextmanager
+def weights_read_once() -> Iterator[None]:
+    """A block in which :func:`linear` uses the kernel, in this thread: decoding.
+
+    Elsewhere a forward without a graph keeps the bits of one with a graph, which recomputes it.
+    """
+    before = getattr(_thread, "reads_once", False)
+    _thread.reads_once = True
+    try:
+        yield
+    finally:
+        _thread.reads_once = before
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Computes :func:`torch.nn.functional.linear`; a few rows on the CPU without a graph read the weight once.
+    """Computes :func:`torch.nn.functional.linear`; in :func:`weights_read_once` a few rows on the CPU without a graph
+    read the weight once.
 
     The result of such a row does not depend on how many other rows there are.
 
@@ -35,7 +57,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def uses_kernel(x: Tensor, weight: Tensor) -> bool:
     """Returns True if the kernel supports the product of ``x [..., I]`` and ``weight [O, I]``."""
     return (
-        x.device.type == weight.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and getattr(_thread, "reads_once", False)
+        and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype
         and 0 < x.numel() <= LARGEST_ROWS.get(x.dtype, 0) * x.shape[-1]
         and weight.dim() == 2

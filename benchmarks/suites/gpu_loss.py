@@ -47,9 +47,9 @@ def bare_gemms(
         add_product(grad_weight, grad_logits[: len(h)], h, float(row > 0))
 
 
-def floor_of(hidden: Tensor, weight: Tensor, chunk: int) -> Callable[[], None]:
+def floor_of(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
     """Returns the GEMMs of a loss of ``hidden [N, D]``, with the gradient of a mean over ``N`` for ``dZ``."""
-    logits = torch.mm(hidden[: min(len(hidden), chunk)], weight.t())
+    logits = torch.mm(hidden[:FLOOR_CHUNK], weight.t())
     grad = logits.float().softmax(-1)
     grad[:, 0] -= 1
     grad_logits = grad.div_(len(hidden)).to(logits.dtype)
@@ -77,7 +77,7 @@ def cases_of(n_rows: int, heads: int, width: int, vocab: int, device: str, chunk
         shape={"N": n_rows, "n": heads, "D": width, "V": vocab},
         flops=6 * n_rows * width * vocab,
     )
-    yield case("gemms", fn=floor_of(hidden.detach().view(n_rows, width), weight.detach(), FLOOR_CHUNK))
+    yield case("gemms", fn=floor_of(hidden.detach().view(n_rows, width), weight.detach()))
     yield case("mtp_ext", fn=partial(fused, {}, None, hidden, weight, labels))
     yield case("mtp_ext_all_options", fn=partial(fused, EVERY_OPTION, None, hidden, weight, labels))
     for chunk in chunks:

@@ -20,7 +20,6 @@ from benchmarks.suites.linear_cross_entropy import Loss, eager, fused, peers, st
 
 # (N, D, V): the sizes for which the peers' authors publish results.
 SHAPES = ((8192, 4096, 128256), (8192, 4096, 32000))
-FLOOR_CHUNK = 4096
 
 
 def liger() -> Loss:
@@ -83,7 +82,7 @@ def cases_of(n_rows: int, width: int, vocab: int, device: str) -> Iterator[Case]
         shape={"N": n_rows, "D": width, "V": vocab, "dtype": str(dtype).removeprefix("torch.")},
         flops=6 * n_rows * width * vocab,
     )
-    yield case("gemms", fn=floor_of(hidden.detach(), weight.detach(), FLOOR_CHUNK))
+    yield case("gemms", fn=floor_of(hidden.detach(), weight.detach()))
     yield case("mtp_ext", fn=partial(step, fused, hidden, weight, targets))
     others = {**peers(), **published()[0]}
     if device == "cuda":

@@ -19,13 +19,12 @@ from mtp_ext.nn.transformer.attention import taken
 from mtp_ext.nn.transformer.layers import Block
 from mtp_ext.nn.transformer.token_tree import TokenTree
 from mtp_ext.nn.transformer.trunk import Trunk
+from tests.generate.conftest import VOCAB_SIZE
 from tests.support.pretend_cuda import StandIns, pretend_cuda
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-VOCAB_SIZE = 11
 N_NEW = 20
-LENGTHS = (5, 1, 9, 5)
 SHAPES: dict[str, dict[str, Any]] = {
     **{name: {"variant": name} for name in ("parallel", "linear", "replicated", "causal", "anticausal", "shared")},
     "sequential_modules": {"variant": "sequential_modules"},
@@ -35,11 +34,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "own unembeddings": {"variant": "causal", "replicate_unembedding": True},
     "soft cap": {"softcap": 3.0},
 }
-
-
-@pytest.fixture
-def prompts() -> list[Tensor]:
-    return [torch.randint(VOCAB_SIZE, (n,)) for n in LENGTHS]
 
 
 def tiny(n_future: int = 4, **fields: Any) -> MTPModel:

@@ -13,21 +13,18 @@ from mtp_ext.generate import generate
 from mtp_ext.generate.sampling import Sampling
 from mtp_ext.nn.transformer.kv_cache import KVCache
 from mtp_ext.nn.transformer.token_tree import TokenTree
+from tests.generate.conftest import VOCAB_SIZE
 from tests.generate.test_lossless_sampling import N_ROWS, THRESHOLD, drawn, exact, p_value
 from tests.generate.test_lossless_sampling import tiny as tiny_sampler
 from tests.generate.test_self_speculation import (
     N_NEW,
     SHAPES,
-    VOCAB_SIZE,
     CacheAudit,
     as_lists,
     composed,
     counting,
-    prompts,
     tiny,
 )
-
-assert prompts is not None  # a fixture
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

@@ -34,7 +34,9 @@ class TrainingProcess:
         self._output = directory / "output"
         arguments = ["train", "--config", str(directory / "config.toml"), *options]
         self.process: ForkServerProcess = forked.CONTEXT.Process(
-            target=_main, args=(arguments, str(self._output), stdout)
+            target=_main,
+            args=(arguments, str(self._output), stdout),
+            daemon=True,  # ends with the tests
         )
         self.process.start()
 
@@ -52,10 +54,12 @@ class TrainingProcess:
             time.sleep(0.005)
 
     def wait(self) -> int:
-        """The exit code, negative for a signal that ended it."""
+        """The exit code, negative for a signal that ended it; one that does not end is killed."""
         self.process.join(DEADLINE_SECONDS)
-        assert self.process.exitcode is not None, self.output
-        return self.process.exitcode
+        code = self.process.exitcode
+        self.process.kill()
+        assert code is not None, self.output
+        return code
 
 
 def _main(arguments: list[str], output: str, stdout: str) -> None:

@@ -39,8 +39,8 @@ INNER_RANKS = {
         **{
             "config": 1,
             "evaluate": 1,
-            "decoding": 1,
             "config_file": 2,
+            "decoding": 2,
             "optim": 2,
             "checkpoint": 3,
             "report": 3,

@@ -17,6 +17,7 @@ from mtp_ext.cli.evaluate import EvaluateCommand, prepare
 from mtp_ext.generate.measure import DecodingMeasurement, measure_decoding
 from mtp_ext.nn import MTPConfig, MTPModel
 from mtp_ext.train.checkpoint.saved_model import load_saved_model
+from mtp_ext.train.config import check_at_least
 from mtp_ext.train.data.dataset import VALIDATION
 from mtp_ext.train.decoding import choose_prompts
 from mtp_ext.train.device import choose_compute
@@ -71,11 +72,10 @@ class DecodeBench:
     def __post_init__(self) -> None:
         if not self.batch_sizes:
             raise ValueError("batch_sizes must name at least one number of prompts, got none")
-        sizes = [("batch_sizes", batch_size, 1) for batch_size in self.batch_sizes]
-        least = {"prompt_tokens": 1, "new_tokens": 2, "repetitions": 1}
-        for name, value, lowest in [*sizes, *((name, getattr(self, name), lowest) for name, lowest in least.items())]:
-            if value < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        if min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes must be at least 1, got {min(self.batch_sizes)}")
+        check_at_least(1, "", self, "prompt_tokens", "repetitions")
+        check_at_least(2, "", self, "new_tokens")
         for chance in self.acceptance or ():
             if not 0 <= chance <= 1:
                 raise ValueError(f"acceptance must be in [0, 1], got {chance}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtp_ext.ops import multi_token_cross_entropy
 from mtp_ext.ops import reference as plain
+from mtp_ext.train.config import check_at_least
 from mtp_ext.train.device import choose_compute
 
 
@@ -47,9 +48,7 @@ class LossBench:
     """Print the numbers as JSON."""
 
     def __post_init__(self) -> None:
-        for name in ("positions", "d_model", "vocab_size", "n_future", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(1, "", self, "positions", "d_model", "vocab_size", "n_future", "rounds")
 
     def run(self) -> int:
         """Runs the benchmark; returns the exit code."""

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mtp_ext.generate.measure import DecodingMeasurement
 from mtp_ext.train.checkpoint.saved_model import TOKENIZER_DIRECTORY, SavedModel, find_dataset, load_saved_model
+from mtp_ext.train.config import check_at_least
 from mtp_ext.train.data import Dataset, prepare_data
 from mtp_ext.train.decoding import DecodeConfig, measure_on_split
 from mtp_ext.train.device import choose_compute
@@ -57,8 +58,7 @@ class EvaluateCommand:
 def run(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     command = tyro.cli(EvaluateCommand, args=list(arguments), prog="mtp evaluate")
-    if command.batches < 0:
-        raise ValueError(f"batches must be at least 0, got {command.batches}")
+    check_at_least(0, "", command, "batches")
     if command.out is not None:
         command.out.mkdir(parents=True, exist_ok=True)
     compute = choose_compute(command.device)

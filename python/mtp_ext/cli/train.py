@@ -19,7 +19,7 @@ from mtp_ext.cli.launch import launch
 from mtp_ext.distributed.ranks import Ranks, joined_ranks
 from mtp_ext.train.checkpoint.directory import Checkpoint
 from mtp_ext.train.checkpoint.resume import check_same_run, find_checkpoint
-from mtp_ext.train.config import DEFAULT_MAX_SECONDS, TrainConfig
+from mtp_ext.train.config import DEFAULT_MAX_SECONDS, TrainConfig, check_at_least
 from mtp_ext.train.config_file import read_config, read_toml
 from mtp_ext.train.report.display import LastingStream
 from mtp_ext.train.run import train
@@ -45,8 +45,7 @@ class TrainCommand:
     run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if self.nproc < 1:
-            raise ValueError(f"nproc must be at least 1, got {self.nproc}")
+        check_at_least(1, "", self, "nproc")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ from mtp_ext.ops.common.checks import INDEX_DTYPES, check_int, check_tensor, che
 from mtp_ext.ops.few_rows import weights_read_once
 
 DRAFTS = ("greedy", "sample")
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """Arguments of :func:`generate` that choose tokens and end rows."""
+
+    draft: str
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    eos_token: int | None
 
 
 @dataclass(frozen=True)

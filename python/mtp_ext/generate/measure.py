@@ -7,14 +7,18 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtp_ext.generate.decoding import GenerationOutput, generate
+from mtp_ext.generate.decoding import GenerationOutput, SamplingKeywords, generate
 from mtp_ext.generate.stats import DecodingStats
+from mtp_ext.nn.evaluation_mode import evaluation_mode
 from mtp_ext.nn.multi_token_model import MultiTokenModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CONFIDENCE, RESAMPLES = 0.95, 2000
 INTERVAL = f"{CONFIDENCE:.0%}, percentile bootstrap over prompts, {RESAMPLES} resamples"
@@ -160,7 +164,7 @@ def measure_decoding(
     batch_size: int = 1,
     seconds: float = float("inf"),
     seed: int = 0,
-    **options: Any,
+    **options: Unpack[SamplingKeywords],
 ) -> list[DecodingMeasurement]:
     """Decodes every batch of prompts with each number of drafts in turn, so that drifts of the machine affect all.
 
@@ -172,7 +176,7 @@ def measure_decoding(
         batch_size: Prompts per batch; those that do not fill the last batch are one of their own.
         seconds: Begins no further batch after this time; the first is always decoded.
         seed: Seed of the first batch's random numbers.
-        options: Further arguments of `generate`, such as ``temperature`` and ``eos_token``.
+        options: Further arguments of `generate`: :class:`mtp_ext.generate.decoding.SamplingKeywords`.
     Returns:
         The measurement of each element of ``n_drafts``.
     Raises:
@@ -180,22 +184,20 @@ def measure_decoding(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    for n_draft in n_drafts:
-        generate(model, prompts[:1], min(WARM_UP_TOKENS, max_new_tokens), **_drafting(n_draft), **options)
-    found = [DecodingMeasurement(tree=n_draft if isinstance(n_draft, tuple) else ()) for n_draft in n_drafts]
-    started = time.perf_counter()
-    for first in range(0, len(prompts), batch_size):
-        if first and time.perf_counter() - started > seconds:
-            break
-        for n_draft, measurement in zip(n_drafts, found, strict=True):
-            clock, generator = RoundClock(), torch.Generator(device).manual_seed(seed + first)
-            given: dict[str, Any] = {**_drafting(n_draft), "generator": generator, "on_tokens": clock, **options}
-            measurement.add(
-                generate(model, prompts[first : first + batch_size], max_new_tokens, **given), clock.seconds
-            )
-    model.train(was_training)
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        for n_draft in n_drafts:
+            generate(model, prompts[:1], min(WARM_UP_TOKENS, max_new_tokens), **_drafting(n_draft), **options)
+        found = [DecodingMeasurement(tree=n_draft if isinstance(n_draft, tuple) else ()) for n_draft in n_drafts]
+        started = time.perf_counter()
+        for first in range(0, len(prompts), batch_size):
+            if first and time.perf_counter() - started > seconds:
+                break
+            for n_draft, measurement in zip(n_drafts, found, strict=True):
+                clock, generator = RoundClock(), torch.Generator(device).manual_seed(seed + first)
+                given = {**_drafting(n_draft), "generator": generator, "on_tokens": clock}
+                batch = prompts[first : first + batch_size]
+                measurement.add(generate(model, batch, max_new_tokens, **given, **options), clock.seconds)
     return found
 
 

@@ -29,7 +29,7 @@ else:
     Variant = Literal[tuple(VARIANTS)]
 
 
-def _check_at_least(minimum: float, prefix: str, config: object, *names: str) -> None:
+def check_at_least(minimum: float, prefix: str, config: object, *names: str) -> None:
     """Raises ValueError if a field of a section is below ``minimum`` or NaN; ``None`` passes."""
     for name in names:
         value = getattr(config, name)
@@ -37,7 +37,7 @@ def _check_at_least(minimum: float, prefix: str, config: object, *names: str) ->
             raise ValueError(f"{prefix}{name} must be at least {minimum:g}, got {value!r}")
 
 
-def _check_fraction(prefix: str, config: object, *names: str) -> None:
+def check_fraction(prefix: str, config: object, *names: str) -> None:
     """Raises ValueError if a field of a section is outside ``[0, 1]``."""
     for name in names:
         value = getattr(config, name)
@@ -83,7 +83,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("n_future", "d_model", "n_layers", "n_attn_heads", "n_kv_heads", "d_ff", "max_seq_len")
-        _check_at_least(1, "model.", self, *sizes)
+        check_at_least(1, "model.", self, *sizes)
 
     def longest(self, seq_len: int) -> int:
         """Returns the model's maximum sequence length for a training sequence length (tokens)."""
@@ -122,7 +122,7 @@ class BatchConfig:
     """Forward passes per step, whose gradients are accumulated as in one large batch."""
 
     def __post_init__(self) -> None:
-        _check_at_least(1, "batch.", self, "seq_len", "batch_size", "accumulation")
+        check_at_least(1, "batch.", self, "seq_len", "batch_size", "accumulation")
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ class OptimConfig:
     """Maximum norm of the whole gradient; 0 disables clipping."""
 
     def __post_init__(self) -> None:
-        _check_at_least(0, "optim.", self, "lr", "muon_lr", "weight_decay", "clip_norm")
-        _check_fraction("optim.", self, "beta1", "beta2", "momentum")
+        check_at_least(0, "optim.", self, "lr", "muon_lr", "weight_decay", "clip_norm")
+        check_fraction("optim.", self, "beta1", "beta2", "momentum")
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ class ScheduleConfig:
     """Final learning rate as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        _check_at_least(0, "schedule.", self, "warmup_steps")
-        _check_fraction("schedule.", self, "decay_ratio")
+        check_at_least(0, "schedule.", self, "warmup_steps")
+        check_fraction("schedule.", self, "decay_ratio")
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,8 @@ class EvaluationConfig:
     """Sequences per validation batch."""
 
     def __post_init__(self) -> None:
-        _check_at_least(0, "evaluation.", self, "every_steps", "batches", "final_batches")
-        _check_at_least(1, "evaluation.", self, "batch_size")
+        check_at_least(0, "evaluation.", self, "every_steps", "batches", "final_batches")
+        check_at_least(1, "evaluation.", self, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,8 @@ class CheckpointConfig:
     """Also write and keep the checkpoint with the lowest validation loss of head 1."""
 
     def __post_init__(self) -> None:
-        _check_at_least(0, "checkpoint.", self, "every_seconds", "every_steps")
-        _check_at_least(1, "checkpoint.", self, "keep_last")
+        check_at_least(0, "checkpoint.", self, "every_seconds", "every_steps")
+        check_at_least(1, "checkpoint.", self, "keep_last")
 
 
 @dataclass(frozen=True)
@@ -254,8 +254,8 @@ class LoggingConfig:
     drafts."""
 
     def __post_init__(self) -> None:
-        _check_at_least(1, "logging.", self, "every_steps")
-        _check_at_least(0, "logging.", self, "sample_tokens")
+        check_at_least(1, "logging.", self, "every_steps")
+        check_at_least(0, "logging.", self, "sample_tokens")
 
 
 @dataclass(frozen=True)
@@ -294,8 +294,8 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        _check_at_least(1, "", self, "max_steps", "max_tokens", "threads")
-        _check_at_least(0, "", self, "seed")
+        check_at_least(1, "", self, "max_steps", "max_tokens", "threads")
+        check_at_least(0, "", self, "seed")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ValueError(f"max_seconds must be greater than 0, got {self.max_seconds!r}")
         self.loss.weights(self.model.n_future)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtp_ext.generate.measure import DecodingMeasurement, measure_decoding
 from mtp_ext.nn import MTPModel
+from mtp_ext.train.config import check_at_least
 from mtp_ext.train.data import Dataset, TokenSplit
 from mtp_ext.train.data.dataset import VALIDATION
 
@@ -44,10 +45,8 @@ class DecodeConfig:
     """Seed of the sampling."""
 
     def __post_init__(self) -> None:
-        for name, least in (("prompts", 0), ("prompt_tokens", 1), ("new_tokens", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"decode.{name} must be at least {least}, got {value}")
+        check_at_least(0, "decode.", self, "prompts")
+        check_at_least(1, "decode.", self, "prompt_tokens", "new_tokens", "batch_size")
 
     def fitted(self, seq_len: int) -> DecodeConfig:
         """Returns the configuration with both lengths, which fit a sequence length (tokens) unless they were given."""

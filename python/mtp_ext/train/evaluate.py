@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mtp_ext.nn import MTPModel
+from mtp_ext.nn.evaluation_mode import evaluation_mode
 from mtp_ext.ops import MultiTokenLoss
 from mtp_ext.train.data import Dataset, evaluation_batches
 from mtp_ext.train.device import Compute
@@ -65,16 +66,14 @@ def evaluate(
         schedule: As in `MTPModel`.
         head_weights: Weight of each head in the objective.
     """
-    was_training = model.training
-    model.eval()
     totals, n_tokens = HeadTotals(head_weights), 0
     limit = batches * batch_size * seq_len or None
-    for batch in evaluation_batches(dataset, split, seq_len, model.config.n_future, batch_size, max_tokens=limit):
-        tokens, labels, document_ids = (t.to(compute.device) for t in batch)
-        with compute.autocast():
-            result = model(tokens, labels=labels, document_ids=document_ids, schedule=schedule)
-        assert isinstance(result, MultiTokenLoss)
-        totals.add(result)
-        n_tokens += batch.n_tokens
-    model.train(was_training)
+    with evaluation_mode(model):
+        for batch in evaluation_batches(dataset, split, seq_len, model.config.n_future, batch_size, max_tokens=limit):
+            tokens, labels, document_ids = (t.to(compute.device) for t in batch)
+            with compute.autocast():
+                result = model(tokens, labels=labels, document_ids=document_ids, schedule=schedule)
+            assert isinstance(result, MultiTokenLoss)
+            totals.add(result)
+            n_tokens += batch.n_tokens
     return Evaluation(totals.metrics(), dataset.split(split).bytes_per_token, n_tokens)

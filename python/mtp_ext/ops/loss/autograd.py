@@ -45,7 +45,7 @@ def _loss_added_at_once(call: LossCall, weight: Tensor, hidden: Sequence[Tensor]
     if weights is None:
         weights = torch.ones(call.n_heads, dtype=torch.float64, device=weight.device)
     needs = Needs.of(call, weight, hidden)
-    call = replace(call, head_weights=weights * scale, grad_weight_out=None, grad_scale=None)
+    call = replace(call, head_weights=weights * scale, grad_scale=None)
     with torch.no_grad():
         result, gradients = operators.multi_token_loss(call, weight, hidden, needs, buffer)
     result = with_gradients(result, gradients._replace(weight=None), call, weight, hidden)

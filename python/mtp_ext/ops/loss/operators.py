@@ -50,7 +50,7 @@ def _natively(
     call = prepared(call)
     native_cpu.check_max_valid(call, weight)
     sums = None if buffer is None else WeightSums.of(call, weight, needs, buffer=buffer)
-    one_chunk = buffer is None and fits_one_chunk(call, weight)
+    one_chunk = needs.weight and fits_one_chunk(call, weight)
     return native_cpu.fused_loss(call, weight, hidden, needs, sums, one_chunk=one_chunk)
 
 

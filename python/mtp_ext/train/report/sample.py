@@ -9,6 +9,7 @@ import torch
 
 from mtp_ext.generate import generate
 from mtp_ext.nn import MTPModel
+from mtp_ext.nn.evaluation_mode import evaluation_mode
 from mtp_ext.train.data import Dataset, Tokenizer
 
 FUNCTION_LINES = range(8, 33)
@@ -65,19 +66,17 @@ def continue_text(model: MTPModel, tokenizer: Tokenizer, prompt: str, max_new_to
     new_tokens = min(max_new_tokens, model.config.max_seq_len - 1)
     ids = tokenizer.encode_batch([prompt])[0].tolist() or [tokenizer.separator_id]
     ids = ids[-(model.config.max_seq_len - new_tokens) :]
-    was_training = model.training
-    model.eval()
-    output = generate(
-        model,
-        torch.tensor([ids], device=device),
-        new_tokens,
-        temperature=TEMPERATURE,
-        top_p=TOP_P,
-        eos_token=tokenizer.separator_id,
-        generator=torch.Generator(device).manual_seed(seed),
-        n_draft=0,
-    )
-    model.train(was_training)
+    with evaluation_mode(model):
+        output = generate(
+            model,
+            torch.tensor([ids], device=device),
+            new_tokens,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            eos_token=tokenizer.separator_id,
+            generator=torch.Generator(device).manual_seed(seed),
+            n_draft=0,
+        )
     # With the prompt: some tokenizers decode the first token of a text without its space.
     return tokenizer.decode([*ids, *output.tokens[0].tolist()])[len(tokenizer.decode(ids)) :]
 

@@ -26,8 +26,8 @@ from mtp_ext.cli.evaluate import EvaluateCommand, prepare
 from mtp_ext.generate.measure import DecodingMeasurement
 from mtp_ext.train.checkpoint.saved_model import SavedModel, load_saved_model
 from mtp_ext.train.config import ModelConfig
-from mtp_ext.train.decoding import DecodeConfig, measure_on_split
 from mtp_ext.train.device import choose_compute
+from mtp_ext.train.evaluation.decoding import DecodeConfig, measure_on_split
 from mtp_ext.train.metrics import finite
 from mtp_ext.train.report.summary import SUMMARY_FILE
 from mtp_ext.train.run import default_cache

@@ -1,5 +1,5 @@
 // The loss of all heads on the CPU in one call: row selection, chunks, GEMMs and sums. Native because the same steps
-// from Python (ops/loss/row_loop.py) cost 0.4 ms per call, more than the GEMMs of a small vocabulary.
+// from Python (ops/loss/loop/row_loop.py) cost 0.4 ms per call, more than the GEMMs of a small vocabulary.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.pages.decode_sections import demo_section, rounds_section
 from benchmarks.studies import decode_demo, decode_rounds
 from mtp_ext.train.config import ModelConfig
-from mtp_ext.train.decoding import DecodeConfig
+from mtp_ext.train.evaluation.decoding import DecodeConfig
 from tests.train.tiny import write_corpus
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 import mtp_ext
 from mtp_ext.ops.common.result import RowTables
 from mtp_ext.ops.loss.arguments import LossCall
+from mtp_ext.ops.loss.loop.vocabulary_shard import combined
 from mtp_ext.ops.loss.options import RowOptions
 from mtp_ext.ops.loss.row_kernels import ROW_STATISTICS, RowScales, RowShard, loss_rows_
-from mtp_ext.ops.loss.vocabulary_shard import combined
 from tests.gpu.registry import CannotRun, check
 
 OPTIONS = (RowOptions(), RowOptions(label_smoothing=0.1, z_loss=1e-2, softcap=5.0, logit_scale=1.5))

@@ -13,7 +13,7 @@ from mtp_ext.ops import linear_cross_entropy, multi_token_cross_entropy
 from mtp_ext.ops.common.backend import Backend, CpuBackend, use_backend
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
 from mtp_ext.ops.loss.arguments import LossCall, Needs
-from mtp_ext.ops.loss.head_terms import float16_scale
+from mtp_ext.ops.loss.loop.head_terms import float16_scale
 from mtp_ext.ops.loss.options import RowOptions
 from tests.support.accuracy import assert_accurate
 from tests.support.drawn_calls import calls

@@ -15,7 +15,7 @@ from mtp_ext import count_targets, linear_cross_entropy, multi_token_cross_entro
 from mtp_ext.ops.common.backend import Backend, use_backend
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
 from mtp_ext.ops.loss.arguments import LossCall, Needs
-from mtp_ext.ops.loss.row_selection import valid_rows_first
+from mtp_ext.ops.loss.loop.row_selection import valid_rows_first
 from tests.support.pretend_cuda import pretend_cuda
 
 N, B, S, D, V = 3, 4, 32, 16, 50

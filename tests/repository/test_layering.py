@@ -36,16 +36,7 @@ INNER_RANKS = {
     },
     "train": {
         **{"data": 0, "loss_weights": 0, "progress": 0, "metrics": 0, "device": 0, "muon": 0, "interrupt": 0},
-        **{
-            "config": 1,
-            "evaluate": 1,
-            "config_file": 2,
-            "decoding": 2,
-            "optim": 2,
-            "checkpoint": 3,
-            "report": 3,
-            "step": 3,
-        },
+        **{"config": 1, "config_file": 2, "evaluation": 2, "optim": 2, "checkpoint": 3, "report": 3, "step": 3},
         **{"trainer": 4, "initial_weights": 4, "loop": 5, "run": 6},
     },
 }

@@ -19,7 +19,7 @@ from mtp_ext.train.checkpoint.directory import list_checkpoints
 from mtp_ext.train.checkpoint.saved_model import load_saved_model
 from mtp_ext.train.config import BatchConfig, LoggingConfig, ModelConfig, TrainConfig
 from mtp_ext.train.data import TokenSplit
-from mtp_ext.train.decoding import DecodeConfig, choose_prompts, compare_with_drafts, measure_on_split
+from mtp_ext.train.evaluation.decoding import DecodeConfig, choose_prompts, compare_with_drafts, measure_on_split
 from mtp_ext.train.run import train
 from tests.train.tiny import run, tiny_config, tiny_dataset, tiny_model, write_corpus
 
@@ -225,7 +225,7 @@ def test_a_summary_is_not_left_from_an_earlier_part(tmp_path: Path, monkeypatch:
 def test_the_comparison_stops_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tmp_path)
     dataset = tiny_dataset(config)
-    monkeypatch.setattr("mtp_ext.train.decoding.COMPARISON_SECONDS", 0.0)
+    monkeypatch.setattr("mtp_ext.train.evaluation.decoding.COMPARISON_SECONDS", 0.0)
     plain, drafted = compare_with_drafts(tiny_model(config, dataset), dataset, 24)
     assert len(plain.rows) == len(drafted.rows) == 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtp_ext.cli.evaluate import run as evaluate_command
-from mtp_ext.train.evaluate import evaluate
+from mtp_ext.train.evaluation.evaluate import evaluate
 from mtp_ext.train.report.record import read_metrics
 from tests.train.tiny import CPU, run, tiny_config, tiny_dataset, tiny_model, write_corpus
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mtp_ext.ops import MultiTokenLoss
 from mtp_ext.train.config import BatchConfig, EvaluationConfig, LoggingConfig
-from mtp_ext.train.evaluate import Evaluation
+from mtp_ext.train.evaluation.evaluate import Evaluation
 from mtp_ext.train.loop import describe
 from mtp_ext.train.metrics import HeadTotals, memory_bytes
 from mtp_ext.train.report import plots

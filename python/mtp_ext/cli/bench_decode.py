@@ -19,8 +19,8 @@ from mtp_ext.nn import MTPConfig, MTPModel
 from mtp_ext.train.checkpoint.saved_model import load_saved_model
 from mtp_ext.train.config import check_at_least
 from mtp_ext.train.data.dataset import VALIDATION
-from mtp_ext.train.decoding import choose_prompts
 from mtp_ext.train.device import choose_compute
+from mtp_ext.train.evaluation.decoding import choose_prompts
 from mtp_ext.train.metrics import finite, shown
 from mtp_ext.train.report.plots import plot_round_cost
 

@@ -16,9 +16,9 @@ from mtp_ext.generate.measure import DecodingMeasurement
 from mtp_ext.train.checkpoint.saved_model import TOKENIZER_DIRECTORY, SavedModel, find_dataset, load_saved_model
 from mtp_ext.train.config import check_at_least
 from mtp_ext.train.data import Dataset, prepare_data
-from mtp_ext.train.decoding import DecodeConfig, measure_on_split
 from mtp_ext.train.device import choose_compute
-from mtp_ext.train.evaluate import evaluate
+from mtp_ext.train.evaluation.decoding import DecodeConfig, measure_on_split
+from mtp_ext.train.evaluation.evaluate import evaluate
 from mtp_ext.train.metrics import finite
 from mtp_ext.train.report.plots import plot_acceptance
 from mtp_ext.train.report.summary import accept_line, decoding_facts, decoding_table, evaluation_table, facts_table

@@ -17,8 +17,8 @@ from mtp_ext.generate import DecodingStats, generate
 from mtp_ext.generate.measure import RoundClock
 from mtp_ext.train.checkpoint.saved_model import load_saved_model
 from mtp_ext.train.data import Tokenizer
-from mtp_ext.train.decoding import NDraft
 from mtp_ext.train.device import choose_compute
+from mtp_ext.train.evaluation.decoding import NDraft
 from mtp_ext.train.report.display import complain
 
 REPLACEMENT = "�"  # decoded from bytes that are not (yet) valid UTF-8

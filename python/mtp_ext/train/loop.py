@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from mtp_ext.train.checkpoint.directory import CheckpointWriteError, list_checkpoints
-from mtp_ext.train.evaluate import Evaluation
+from mtp_ext.train.evaluation.evaluate import Evaluation
 from mtp_ext.train.interrupt import StopRequest
 from mtp_ext.train.metrics import finite, memory_bytes, shown
 from mtp_ext.train.progress import Ending

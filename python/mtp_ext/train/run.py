@@ -20,9 +20,9 @@ from mtp_ext.train.checkpoint.saved_model import find_dataset
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.config_file import write_config
 from mtp_ext.train.data import Dataset, prepare_data
-from mtp_ext.train.decoding import compare_with_drafts
 from mtp_ext.train.device import Compute, choose_compute
-from mtp_ext.train.evaluate import Evaluation
+from mtp_ext.train.evaluation.decoding import compare_with_drafts
+from mtp_ext.train.evaluation.evaluate import Evaluation
 from mtp_ext.train.initial_weights import load_initial_weights
 from mtp_ext.train.loop import Loop, TrainingFailedError, reason
 from mtp_ext.train.progress import Ending

@@ -25,7 +25,7 @@ from mtp_ext.train.checkpoint.saved_model import write_description
 from mtp_ext.train.config import TrainConfig
 from mtp_ext.train.data import Dataset, TrainingStream
 from mtp_ext.train.device import Compute
-from mtp_ext.train.evaluate import Evaluation, evaluate
+from mtp_ext.train.evaluation.evaluate import Evaluation, evaluate
 from mtp_ext.train.optim import Optimizers
 from mtp_ext.train.progress import Progress, learning_rate_factor
 from mtp_ext.train.step import StepResult, train_step

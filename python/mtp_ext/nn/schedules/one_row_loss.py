@@ -14,7 +14,7 @@ from mtp_ext.ops.common.checks import check_max_valid, check_targets_in_range
 from mtp_ext.ops.common.result import MultiTokenLoss, RowTables, head_metrics
 from mtp_ext.ops.loss.accumulator import HeadLossAccumulator
 from mtp_ext.ops.loss.arguments import LossCall, Needs
-from mtp_ext.ops.loss.head_terms import head_weights, plain_divisors
+from mtp_ext.ops.loss.loop.head_terms import head_weights, plain_divisors
 from mtp_ext.ops.loss.options import RowOptions
 from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 

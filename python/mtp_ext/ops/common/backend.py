@@ -129,7 +129,7 @@ class CpuBackend(Backend):
     """The CPU.
 
     Args:
-        native_loss: If False, use the chunk loop of :mod:`mtp_ext.ops.loss.row_loop` instead of the native call.
+        native_loss: If False, use the chunk loop of :mod:`mtp_ext.ops.loss.loop.row_loop` instead of the native call.
         fast_bfloat16: Compute bfloat16 logits with a bfloat16 GEMM; by default if the CPU has native support.
     """
 

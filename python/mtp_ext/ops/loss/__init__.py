@@ -1,1 +1,1 @@
-"""Implementation of the fused loss: options, autograd, operators, the accumulator and its row-chunk loop."""
+"""Implementation of the fused loss: options, autograd, operators, the accumulator and the native call."""

@@ -2,7 +2,7 @@
 
 Used by the training schedules, and by the public functions outside their fast path. It works below autograd: values go
 in, gradients come out. On the CPU the heads run in the native call (:mod:`mtp_ext.ops.loss.native_cpu`); on a GPU, and
-with a sharded vocabulary, in the row-chunk loop (:mod:`mtp_ext.ops.loss.row_loop`).
+with a sharded vocabulary, in the row-chunk loop (:mod:`mtp_ext.ops.loss.loop.row_loop`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from mtp_ext.ops.common.backend import backend_of
 from mtp_ext.ops.common.result import MultiTokenLoss, RowTables, empty_metrics, head_metrics
 from mtp_ext.ops.loss.arguments import LossCall, Needs, WeightSums
-from mtp_ext.ops.loss.head_terms import head_weights
+from mtp_ext.ops.loss.loop.head_terms import head_weights
+from mtp_ext.ops.loss.loop.row_loop import RowLoop
 from mtp_ext.ops.loss.native_cpu import NativeHeads
-from mtp_ext.ops.loss.row_loop import RowLoop
 
 
 def runs_natively(call: LossCall, weight: Tensor) -> bool:

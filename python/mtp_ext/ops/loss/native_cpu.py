@@ -13,8 +13,8 @@ from mtp_ext.ops.common import checks
 from mtp_ext.ops.common.backend import backend_of
 from mtp_ext.ops.common.result import RowTables
 from mtp_ext.ops.loss.arguments import Gradients, LossCall, Needs, WeightSums, saved_grad_dtype
-from mtp_ext.ops.loss.chunk_gemms import WIDEN_TILE_ROWS
 from mtp_ext.ops.loss.chunk_size import chunk_size
+from mtp_ext.ops.loss.loop.chunk_gemms import WIDEN_TILE_ROWS
 from mtp_ext.ops.loss.row_kernels import prepared, select_rows
 
 # FusedLossFlag in csrc/ops/fused_loss_cpu.cpp.
@@ -148,7 +148,7 @@ def check_max_valid(call: LossCall, weight: Tensor) -> None:
 
 class NativeHeads:
     """The loss of the rows of ``n`` heads in native calls, with the interface of
-    :class:`mtp_ext.ops.loss.row_loop.RowLoop`."""
+    :class:`mtp_ext.ops.loss.loop.row_loop.RowLoop`."""
 
     gradient_unscale: Tensor | None = None
 

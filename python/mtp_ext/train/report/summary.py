@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtp_ext.generate.measure import INTERVAL, DecodingMeasurement, Estimate
-from mtp_ext.train.evaluate import Evaluation
+from mtp_ext.train.evaluation.evaluate import Evaluation
 from mtp_ext.train.metrics import finite, shown
 from mtp_ext.train.progress import Ending, Progress
 from mtp_ext.train.report.display import format_duration

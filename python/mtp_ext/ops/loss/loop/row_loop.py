@@ -20,12 +20,12 @@ from mtp_ext.ops.common.backend import backend_of, can_read
 from mtp_ext.ops.common.result import RowTables
 from mtp_ext.ops.common.workspace import empty
 from mtp_ext.ops.loss.arguments import LossCall, Needs, WeightSums, saved_grad_dtype
-from mtp_ext.ops.loss.chunk_gemms import ChunkGemms
 from mtp_ext.ops.loss.chunk_size import chunk_size
-from mtp_ext.ops.loss.head_terms import HeadTerms
+from mtp_ext.ops.loss.loop.chunk_gemms import ChunkGemms
+from mtp_ext.ops.loss.loop.head_terms import HeadTerms
+from mtp_ext.ops.loss.loop.row_selection import RowSelection, copy_valid_rows
+from mtp_ext.ops.loss.loop.vocabulary_shard import VocabularyShard
 from mtp_ext.ops.loss.row_kernels import loss_rows_, prepared, select_rows
-from mtp_ext.ops.loss.row_selection import RowSelection, copy_valid_rows
-from mtp_ext.ops.loss.vocabulary_shard import VocabularyShard
 
 
 @dataclass

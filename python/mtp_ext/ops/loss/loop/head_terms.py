@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mtp_ext.ops.common.backend import backend_of, can_read
 from mtp_ext.ops.loss.arguments import LossCall
+from mtp_ext.ops.loss.loop.row_selection import RowSelection
+from mtp_ext.ops.loss.loop.vocabulary_shard import VocabularyShard
 from mtp_ext.ops.loss.row_kernels import RowScales
-from mtp_ext.ops.loss.row_selection import RowSelection
-from mtp_ext.ops.loss.vocabulary_shard import VocabularyShard
 
 LARGEST_FLOAT16_SCALE = 4096.0
 SMALLEST_ROW_WEIGHT = 2.0**-100  # a float32 whose inverse is one, too

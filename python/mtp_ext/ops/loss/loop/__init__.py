@@ -1,0 +1,1 @@
+"""The row-chunk loop of GPUs and sharded vocabularies."""

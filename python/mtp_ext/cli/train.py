@@ -50,12 +50,12 @@ class TrainCommand:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    n_processes = _n_processes(arguments)
-    if n_processes > 1 and "RANK" not in os.environ:
+    n_processes, is_started = _n_processes(arguments), "RANK" in os.environ
+    if n_processes > 1 and not is_started:
         parse(arguments)  # its errors and --help come from this process, once
         return launch(arguments, n_processes)
     with joined_ranks() as ranks:
-        if n_processes not in (1, ranks.size):
+        if is_started and n_processes not in (1, ranks.size):
             raise ValueError(f"nproc must be left out under torchrun, which started {ranks.size}, got {n_processes}")
         try:
             return _run(arguments, ranks)
